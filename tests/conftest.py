@@ -1,0 +1,35 @@
+"""What all tests share: where the project is, where the data lies, how to start a fresh Python."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope='session')
+def root() -> Path:
+    "The folder of the checkout."
+    return ROOT
+
+
+@pytest.fixture(scope='session')
+def shared_data() -> Path:
+    "Real data beside the checkout; where it is missing the test is skipped, or fails under CI=true."
+    named = os.environ.get('DATATOOLS_TEST_DATA')
+    folder = Path(named) if named else ROOT.parent / 'shared/data'
+    if folder.is_dir(): return folder
+    reason = f'no test data in {named or "../shared/data"}; DATATOOLS_TEST_DATA names another folder'
+    if os.environ.get('CI') == 'true' and named != 'none': pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope='session')
+def python():
+    "Run a fresh Python with these arguments; its output is captured, its exit code is yours to judge."
+    def run(*arguments: object, timeout: float = 120, **options) -> subprocess.CompletedProcess:
+        options = {'cwd': ROOT, 'text': True, 'capture_output': True, **options}
+        return subprocess.run([sys.executable, *map(str, arguments)], timeout=timeout, **options)
+    return run
