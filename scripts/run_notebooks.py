@@ -33,7 +33,7 @@ def last_state(text: list[str]) -> list[str]:
 def execute(path: Path, picture_format: str) -> int:
     "Run one notebook in this process and write it back; 1 and the failing cell on stderr when a cell fails."
     from execnb.nbio import read_nb, write_nb
-    from execnb.shell import CaptureShell
+    from execnb.shell import CaptureShell, format_exc
     from nbdev.config import get_config
     flags = set(get_config(path=ROOT).tst_flags.split())
     notebook = read_nb(path)
@@ -45,7 +45,6 @@ def execute(path: Path, picture_format: str) -> int:
         cell.outputs = []
         shell.cell(cell)
         if shell.exc:
-            from execnb.shell import format_exc
             print(f'{path.relative_to(ROOT)} cell {number} failed:', cell.source, '', *format_exc(shell.exc), sep='\n',
                   file=sys.stderr)
             return 1

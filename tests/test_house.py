@@ -62,3 +62,8 @@ def test_style_check_sees(rule, wrong):
 ])
 def test_style_check_lets_good_notebooks_pass(right):
     assert [finding for rule in style.RULES for finding in rule(right)] == []
+
+
+def test_notebooks_keep_to_the_house_style(python):
+    done = python('scripts/check_notebooks.py')
+    assert done.returncode == 0, done.stdout
