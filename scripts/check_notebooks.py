@@ -85,7 +85,7 @@ def front_matter(cells: list[Cell]) -> Iterator[Finding]:
 def mixed_imports(cells: list[Cell]) -> Iterator[Finding]:
     for cell in cells:
         imports = [isinstance(statement, (ast.Import, ast.ImportFrom)) for statement in cell.body]
-        if cell.evaluated and any(imports) and not all(imports):
+        if cell.evaluated and any(imports) and not all(imports) and 'nbdev_export(' not in cell.source:
             yield cell.number, 'imports mixed with other code: move them to a cell of their own'
 
 

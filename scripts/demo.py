@@ -36,7 +36,7 @@ def corpus(data: Path | None) -> Path:
     if GROOVE_MIDI.is_dir(): return GROOVE_MIDI
     from datatools.testing import write_drum_corpus
     synthetic = OUT / 'synthetic'
-    if not synthetic.is_dir(): write_drum_corpus(synthetic, 200)
+    write_drum_corpus(synthetic, 200)  # the same bytes every time
     return synthetic
 
 
