@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 try: import fcntl, resource
 except ImportError: fcntl = resource = None  # Windows has neither; `file_lock` says so when it is asked for a lock
 
-# %% ../nbs/00_core.ipynb #1a9ae6dc
+# %% ../nbs/00_core.ipynb #956a8b53
 class DatatoolsError(Exception):
     "Base of all errors that this package raises on purpose."
 
@@ -43,8 +43,10 @@ class MemoryLimitError(DatatoolsError):
         message: str,         # what happened
         report: dict,         # figures of `MemoryMeter.report`
     ):
-        super().__init__(message)
+        super().__init__(message, report)  # both, so that it survives pickling
         self.report = report
+
+    def __str__(self): return self.args[0]
 
 # %% ../nbs/00_core.ipynb #870038b2
 def closest(
