@@ -218,14 +218,14 @@ def hash_file(
         while block := file.read(1 << 20): digest.update(block)
     return digest.hexdigest()
 
-# %% ../nbs/00_core.ipynb #037a5d5b
+# %% ../nbs/00_core.ipynb #8145281c
 def differences(
     old,            # configuration on disk
     new,            # configuration asked for
     prefix: str='', # dotted path so far
 ) -> list:          # of (dotted key, old value, new value); a missing value is '(none)'
     "Exactly which keys differ between two configurations, nested ones included."
-    if not (isinstance(old, dict) and isinstance(new, dict)): return [] if old == new else [(prefix, old, new)]
+    if not (isinstance(old, dict) and isinstance(new, dict)): return [] if canonical_json(old) == canonical_json(new) else [(prefix or '(all)', old, new)]
     found = []
     for key in sorted({*old, *new}):
         found += differences(old.get(key, '(none)'), new.get(key, '(none)'), f'{prefix}.{key}' if prefix else str(key))
@@ -239,8 +239,7 @@ def check_same_config(
     "Raise a `MismatchError` that lists what differs."
     new = json.loads(canonical_json(new))  # tuples are lists on disk
     if config_hash(old) == config_hash(new): return
-    found = differences(old, new) or [('(types)', old, new)]
-    lines = ''.join(f'\n  {key}: {was!r} on disk, {now!r} asked for' for key, was, now in found)
+    lines = ''.join(f'\n  {key}: {was!r} on disk, {now!r} asked for' for key, was, now in differences(old, new))
     raise MismatchError(f'{where} was made with another configuration:{lines}\n'
                         'Ask for the values on disk to go on, or choose a new, empty place to start afresh.')
 

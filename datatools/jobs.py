@@ -6,13 +6,14 @@
 __all__ = ['ENGINES', 'Task', 'TaskError', 'TaskResult', 'Outcome', 'call', 'Engine', 'InlineEngine', 'die_with_parent',
            'LocalEngine', 'make_engine', 'Ledger', 'run_tasks']
 
-# %% ../nbs/01_jobs.ipynb #8222371f
+# %% ../nbs/01_jobs.ipynb #fdb7c112
 import ctypes, json, multiprocessing, os, pickle, queue, signal, sys, threading, time, traceback
 from collections import deque
 from concurrent.futures import BrokenExecutor, ThreadPoolExecutor, TimeoutError as TaskTimeout
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
 import psutil
@@ -130,27 +131,33 @@ def _work(payload: bytes) -> bytes:
 
 def _no_call(error): raise error
 
-# %% ../nbs/01_jobs.ipynb #9d1c4ea6
+# %% ../nbs/01_jobs.ipynb #410b4734
 @contextmanager
-def _interrupts_held():
-    "Processes and threads started in this block never see Ctrl-C; this thread gets it when the block ends."
-    if not hasattr(signal, 'pthread_sigmask'):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _deaf_children():
+    "Processes started in this block never hear Ctrl-C; this program hears it when the block ends."
+    heard, in_main = [], threading.current_thread() is threading.main_thread()
+    if hasattr(signal, 'pthread_sigmask'):
+        resource_tracker.ensure_running()  # Python's helper process: starting it later would lift the mask
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit it
+    if in_main: handler = signal.signal(signal.SIGINT, lambda *_: heard.append(True))  # another thread may take the signal
     try: yield
-    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    finally:
+        if in_main: signal.signal(signal.SIGINT, handler)
+        if hasattr(signal, 'pthread_sigmask'): signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if heard: signal.raise_signal(signal.SIGINT)
 
-# %% ../nbs/01_jobs.ipynb #efc923f2
 class _Slot:
     "One worker: a pool of a single process, and the call it is at."
     def __init__(self):
-        context = multiprocessing.get_context('spawn')
-        self.word = context.RawValue(ctypes.c_int64, 0)
-        self.pool = ProcessPool(max_workers=1, context=context, initializer=_start_worker, initargs=(self.word, os.getpid()))
-        self.token = self.future = self.gone_since = None
+        self.context = multiprocessing.get_context('spawn')
+        self.word = self.context.RawValue(ctypes.c_int64, 0)
+        self.pool = self.token = self.future = self.gone_since = None
         self.since, self.broken = 0., False
-        with _interrupts_held(): self.pool.active  # starts the process
+
+    def open(self):
+        "Start a process."
+        self.pool = ProcessPool(max_workers=1, context=self.context, initializer=_start_worker, initargs=(self.word, os.getpid()))
+        with _deaf_children(): self.broken = not self.pool.active  # asking starts it
 
     def close(self):
         "End the process."
@@ -165,13 +172,15 @@ class _Slot:
         self.gone_since = self.gone_since or time.monotonic()
         return time.monotonic() - self.gone_since > 0.3
 
-# %% ../nbs/01_jobs.ipynb #ab855917
+# %% ../nbs/01_jobs.ipynb #410892d9
 class LocalEngine(Engine):
     "Runs calls in worker processes of this machine."
     def start(self):
         self.lock, self.waiting, self.ended = threading.RLock(), deque(), queue.SimpleQueue()
-        self.slots, self.failed_starts, self.stopped, self.looked = [], 0, False, 0.
-        for _ in range(self.workers): self.slots.append(_Slot())
+        self.slots, self.failed_starts, self.proven, self.stopped, self.looked = [], 0, False, False, 0.
+        for _ in range(self.workers):
+            self.slots.append(_Slot())  # known before it starts, so that an interrupt meanwhile leaves nothing behind
+            self.slots[-1].open()
 
     def submit(self, token, function, arguments):
         try: payload = pickle.dumps((function, arguments), protocol=5)
@@ -188,7 +197,7 @@ class LocalEngine(Engine):
             for slot in self.slots:
                 if self.waiting and not (slot.future or slot.broken or self.stopped): self._begin(slot)
 
-# %% ../nbs/01_jobs.ipynb #29a520bc
+# %% ../nbs/01_jobs.ipynb #e414ab49
 @patch
 def _begin(self: LocalEngine, slot: _Slot):
     "Hand the first waiting call to an idle worker."
@@ -210,10 +219,9 @@ def _end(self: LocalEngine, slot: _Slot, future):
 @patch
 def _settle(self: LocalEngine, slot: _Slot, outcome: Outcome):
     "Note how the call of a worker ended."
-    if outcome.kind == 'crash':
-        slot.broken = True
-        if not slot.word.value: self.failed_starts += 1
-    else: self.failed_starts = 0
+    if outcome.kind == 'crash': slot.broken = True
+    if slot.word.value: self.proven = True  # a worker has begun a task
+    else: self.failed_starts += 1
     self.ended.put((slot.token, outcome))
     slot.token = slot.future = None
 
@@ -242,7 +250,7 @@ def _death(
     hint = ' (often the system, when memory runs out: use fewer workers)' if name == 'SIGKILL' else ''
     return f'the worker was killed by {name}{hint}'
 
-# %% ../nbs/01_jobs.ipynb #13d43c91
+# %% ../nbs/01_jobs.ipynb #c152db1a
 @patch
 def collect(self: LocalEngine, block: bool) -> list:
     while True:
@@ -262,13 +270,13 @@ def _repair(self: LocalEngine):
     with self.lock:
         for slot in self.slots:
             if slot.lost(): self._settle(slot, Outcome('crash', None, 'the worker left in the middle of the task', '', time.monotonic() - slot.since))
-    if self.failed_starts > 2 * self.workers:
+    if self.failed_starts > 2 * self.workers and not self.proven:
         raise DatatoolsError('The workers die before they begin. They import the main script of the program: '
                              "start the job under `if __name__ == '__main__':` there.")
-    for i, slot in enumerate(self.slots):
+    for slot in self.slots:
         if slot.broken or not slot.pool.active:
             slot.close()
-            self.slots[i] = _Slot()
+            slot.open()
     self._feed()
 
 @patch
@@ -276,9 +284,10 @@ def stop(self: LocalEngine):
     with self.lock:
         self.stopped = True
         self.waiting.clear()
-    for slot in self.slots: slot.pool.stop()
-    if self.slots:
-        with ThreadPoolExecutor(len(self.slots)) as threads: list(threads.map(_Slot.close, self.slots))
+    begun = [slot for slot in self.slots if slot.pool is not None]
+    for slot in begun: slot.pool.stop()
+    if begun:
+        with ThreadPoolExecutor(len(begun)) as threads: list(threads.map(_Slot.close, begun))
     self.slots.clear()
 
 # %% ../nbs/01_jobs.ipynb #4afb57e3
