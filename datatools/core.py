@@ -218,7 +218,9 @@ def hash_file(
         while block := file.read(1 << 20): digest.update(block)
     return digest.hexdigest()
 
-# %% ../nbs/00_core.ipynb #8145281c
+# %% ../nbs/00_core.ipynb #019208c8
+_missing = '(none)'
+
 def differences(
     old,            # configuration on disk
     new,            # configuration asked for
@@ -228,7 +230,7 @@ def differences(
     if not (isinstance(old, dict) and isinstance(new, dict)): return [] if canonical_json(old) == canonical_json(new) else [(prefix or '(all)', old, new)]
     found = []
     for key in sorted({*old, *new}):
-        found += differences(old.get(key, '(none)'), new.get(key, '(none)'), f'{prefix}.{key}' if prefix else str(key))
+        found += differences(old.get(key, _missing), new.get(key, _missing), f'{prefix}.{key}' if prefix else str(key))
     return found
 
 def check_same_config(
@@ -239,7 +241,8 @@ def check_same_config(
     "Raise a `MismatchError` that lists what differs."
     new = json.loads(canonical_json(new))  # tuples are lists on disk
     if config_hash(old) == config_hash(new): return
-    lines = ''.join(f'\n  {key}: {was!r} on disk, {now!r} asked for' for key, was, now in differences(old, new))
+    def shown(value): return value if value == _missing else repr(value)
+    lines = ''.join(f'\n  {key}: {shown(was)} on disk, {shown(now)} asked for' for key, was, now in differences(old, new))
     raise MismatchError(f'{where} was made with another configuration:{lines}\n'
                         'Ask for the values on disk to go on, or choose a new, empty place to start afresh.')
 

@@ -306,7 +306,7 @@ def make_engine(
     if engine == 'local' and workers == 0: return InlineEngine(0, timeout)
     return ENGINES[engine](workers, timeout)
 
-# %% ../nbs/01_jobs.ipynb #83eb67af
+# %% ../nbs/01_jobs.ipynb #004a80f5
 class Ledger:
     "The finished tasks of a job, on disk; a context manager that keeps other processes out."
     def __init__(self,
@@ -316,6 +316,7 @@ class Ledger:
         self.path, self.config, self.places, self.synced = Path(path), json.loads(canonical_json(config)), {}, 0.
 
     def __enter__(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             stack.enter_context(file_lock(self.path.with_name(self.path.name + '.lock')))
             if not self.path.exists() or self.path.stat().st_size == 0: self._create()
@@ -463,7 +464,7 @@ def run_tasks(
     bar = partial(progress, total=total, desc=description, show=show_progress, unit='task')
     return _results(partial(_Job, function, tasks, engine, retries=retries, in_flight=in_flight), engine, book, bar)
 
-# %% ../nbs/01_jobs.ipynb #5cc7d6fb
+# %% ../nbs/01_jobs.ipynb #9ecb37de
 def _results(job, engine: Engine, ledger: Ledger, bar):
     "The generator behind `run_tasks`: whatever way it is left, the engine is stopped and the ledger closed."
     with ExitStack() as stack:
@@ -477,7 +478,11 @@ def _results(job, engine: Engine, ledger: Ledger, bar):
 
 def _check_importable(function):
     "Workers import what they run; say so before they fail to."
+    inner, reason = function, ''
+    while isinstance(inner, partial): inner = inner.func
     try: pickle.dumps(function)
-    except Exception as error:
-        raise bad_value('function', function, 'importable from a module', f'Workers import it: move it out of the notebook, '
-                        f'lambda or function it was defined in, or use workers=0. ({error})') from error
+    except Exception as error: reason = str(error)
+    if getattr(inner, '__module__', None) == '__main__' and not hasattr(sys.modules['__main__'], '__file__'):
+        reason = 'it is defined in an interactive session'
+    if reason: raise bad_value('function', function, 'importable from a module', 'Workers import it: move it out of the '
+                               f'notebook, lambda or function it was defined in, or use workers=0. ({reason})')

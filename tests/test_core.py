@@ -27,12 +27,14 @@ def typed(value):
     return (type(value).__name__, tuple(map(typed, value)) if isinstance(value, tuple) else repr(value))
 
 
+@settings(deadline=None)
 @given(st.integers(), paths, paths)
 def test_seeds_differ_where_addresses_differ(seed, one, two):
     assert 0 <= seed_for(seed, *one) < 2**63
     assert (seed_for(seed, *one) == seed_for(seed, *two)) == (list(map(typed, one)) == list(map(typed, two)))
 
 
+@settings(deadline=None)
 @given(st.integers(), st.integers(), paths)
 def test_root_seed_matters(one, two, path):
     assert (seed_for(one, *path) == seed_for(two, *path)) == (one == two)
@@ -147,6 +149,7 @@ def test_json_round_trip(tmp_path_factory, value):
     assert json.loads(canonical_json(value)) == value
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(), json_values, min_size=2), st.randoms())
 def test_order_of_keys_does_not_matter(config, rng):
     keys = list(config)

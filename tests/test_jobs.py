@@ -131,6 +131,11 @@ def test_what_cannot_be_pickled_is_an_error_of_its_task():
     with pytest.raises(UsageError, match='importable'): run_tasks(lambda: 0, [])
 
 
+def test_a_function_typed_into_a_session_is_refused(python):
+    program = 'from datatools.jobs import run_tasks\ndef double(x): return 2 * x\nrun_tasks(double, [])'
+    assert 'it is defined in an interactive session' in python('-c', program).stderr
+
+
 def test_leaving_early_ends_the_workers():
     results = run_tasks(sleep_for, ((f'{i}', (0.01 if i == 0 else 60,)) for i in range(10**9)), workers=2)
     next(results)
