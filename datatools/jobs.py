@@ -131,7 +131,7 @@ def _work(payload: bytes) -> bytes:
 
 def _no_call(error): raise error
 
-# %% ../nbs/01_jobs.ipynb #410b4734
+# %% ../nbs/01_jobs.ipynb #c1e3da0a
 @contextmanager
 def _deaf_children():
     "Processes started in this block never hear Ctrl-C; this program hears it when the block ends."
@@ -166,8 +166,8 @@ class _Slot:
 
     def lost(self) -> bool:
         "Has the process ended without an answer? Pebble has a moment to notice by itself."
-        if self.future is None: return False
-        if not self.pool.active: return True
+        self.broken = self.broken or not self.pool.active
+        if self.future is None or self.broken: return self.future is not None
         if self.word.value == 0 or psutil.pid_exists(self.word.value): return False
         self.gone_since = self.gone_since or time.monotonic()
         return time.monotonic() - self.gone_since > 0.3
@@ -250,7 +250,7 @@ def _death(
     hint = ' (often the system, when memory runs out: use fewer workers)' if name == 'SIGKILL' else ''
     return f'the worker was killed by {name}{hint}'
 
-# %% ../nbs/01_jobs.ipynb #c152db1a
+# %% ../nbs/01_jobs.ipynb #8b150ff2
 @patch
 def collect(self: LocalEngine, block: bool) -> list:
     while True:
@@ -267,16 +267,15 @@ def _repair(self: LocalEngine):
     "Replace dead workers; ten times a second, and at once when a death is known."
     if time.monotonic() - self.looked < 0.1 and not any(slot.broken for slot in self.slots): return
     self.looked = time.monotonic()
-    with self.lock:
-        for slot in self.slots:
+    for slot in self.slots:
+        with self.lock:
             if slot.lost(): self._settle(slot, Outcome('crash', None, 'the worker left in the middle of the task', '', time.monotonic() - slot.since))
+        if slot.broken:
+            slot.close()
+            slot.open()
     if self.failed_starts > 2 * self.workers and not self.proven:
         raise DatatoolsError('The workers die before they begin. They import the main script of the program: '
                              "start the job under `if __name__ == '__main__':` there.")
-    for slot in self.slots:
-        if slot.broken or not slot.pool.active:
-            slot.close()
-            slot.open()
     self._feed()
 
 @patch
@@ -290,18 +289,20 @@ def stop(self: LocalEngine):
         with ThreadPoolExecutor(len(begun)) as threads: list(threads.map(_Slot.close, begun))
     self.slots.clear()
 
-# %% ../nbs/01_jobs.ipynb #4afb57e3
+# %% ../nbs/01_jobs.ipynb #3992ae5e
 ENGINES = dict(local=LocalEngine)
 
 def make_engine(
-    engine,          # name in `ENGINES`, or an `Engine`, which is used as it is
+    engine,          # name in `ENGINES`, or an `Engine`, which has workers and a time limit of its own
     workers: int,    # number of workers; 0 to run in this process
     timeout: float,  # seconds allowed per attempt, None for no limit
 ) -> Engine:         # not started
     "The engine that is asked for."
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0: raise bad_value('workers', workers, 'an integer, 0 or more')
     if timeout is not None and not timeout > 0: raise bad_value('timeout', timeout, 'a positive number of seconds, or None')
-    if isinstance(engine, Engine): return engine
+    if isinstance(engine, Engine):
+        if timeout is not None: raise bad_value('timeout', timeout, 'None beside an Engine', 'Give the limit to the engine.')
+        return engine
     if engine not in ENGINES: raise bad_value('engine', engine, ENGINES)
     if engine == 'local' and workers == 0: return InlineEngine(0, timeout)
     return ENGINES[engine](workers, timeout)
