@@ -122,21 +122,21 @@ def saved_errors(cells: list[Cell]) -> Iterator[Finding]:
 RULES = [title, front_matter, mixed_imports, hidden_tests, machine_paths, saved_errors]
 
 
-def sidebar() -> list[str]:
-    "The notebooks the site's sidebar lists, as paths below nbs/."
+def pages(part: str) -> list[str]:
+    "The notebooks that the site's sidebar or navbar lists, as paths below nbs/."
     def walk(node: object) -> Iterator[str]:
         if isinstance(node, str): yield node
         elif isinstance(node, list): yield from (page for item in node for page in walk(item))
-        elif isinstance(node, dict): yield from walk(node.get('href') or node.get('contents') or [])
+        elif isinstance(node, dict): yield from walk([node.get(k) for k in ('href', 'contents', 'left', 'right', 'menu')])
     site = yaml.safe_load((ROOT / '_quarto.yml').read_text(encoding='utf-8'))
-    return [page for page in walk(site['website']['sidebar']['contents']) if page.endswith('.ipynb')]
+    return [page for page in walk(site['website'][part]) if page.endswith('.ipynb')]
 
 
 def out_of_sidebar() -> Iterator[str]:
     "Findings where the sidebar and the notebooks disagree."
-    have, listed = {p.relative_to(NBS).as_posix() for p in notebooks()}, sidebar()
+    have, listed, linked = {p.relative_to(NBS).as_posix() for p in notebooks()}, pages('sidebar'), pages('navbar')
     for page in sorted(have - set(listed)): yield f'nbs/{page}: not in the sidebar: add it to _quarto.yml'
-    for page in sorted(set(listed) - have): yield f'_quarto.yml: the sidebar lists {page}, which is not in nbs/: remove it'
+    for page in sorted({*listed, *linked} - have): yield f'_quarto.yml: it lists {page}, which is not in nbs/: remove it'
     for page in sorted({p for p in listed if listed.count(p) > 1}): yield f'_quarto.yml: the sidebar lists {page} twice'
 
 
