@@ -37,8 +37,9 @@ docs: $(VENV)/.installed-dev ## build the site into _docs/ (needs Quarto 1.7.34)
 lab: $(VENV)/.installed-dev ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs
 
-bench: $(VENV)/.installed-bench ## run benchmarks/groove.py side by side with the peers (BENCH=name for another)
-	@$(BIN)/python -m benchmarks.$(or $(BENCH),groove)
+bench: $(VENV)/.installed-bench ## run benchmarks/ side by side with the peers (BENCH="groove ..." for some)
+	@for name in $(or $(BENCH),$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py))); do \
+	echo "== benchmarks/$$name.py"; $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 drill: $(VENV)/.installed-dev ## the long crash drills that `make test` leaves out
 	@$(BIN)/python -m pytest -m drill

@@ -19,7 +19,7 @@ TRAINING = ['--drum-map', 'pitch', '--order', '8', '--save-every', '200', '--res
 
 def groove(*arguments: object, quiet: bool = False) -> str:
     "Run `python -m datatools.groove` with `arguments`, show the command, and return what it prints."
-    words = [str(a) for a in arguments]
+    words = [str(a.relative_to(ROOT) if isinstance(a, Path) else a) for a in arguments]
     print('\n$ python -m datatools.groove', *words, flush=True)
     done = subprocess.run([sys.executable, '-m', 'datatools.groove', *words], cwd=ROOT, text=True,
                           stdout=subprocess.PIPE)
@@ -81,13 +81,13 @@ def main() -> None:
     for k, part in enumerate(parts):
         groove('train', '--from-filelist', train, '-o', part, '--shard-index', k, '--num-shards', SHARDS,
                '--checkpoint-dir', OUT / f'checkpoints{k}', *TRAINING)
-    model, grooves = OUT / 'model.groove', OUT / 'grooves'
+    model, grooves = OUT / 'model.groove', OUT / 'groove.mid'
     groove('merge', *parts, '-o', model)
     figures = json.loads(groove('eval', model, '--from-filelist', held_out, '--json', quiet=True))
     (OUT / 'eval.json').write_text(json.dumps(figures, indent=1) + '\n', encoding='utf-8')
     groove('sample', model, '-l', 8, '-n', 4, '--seed', 1, '--temperature', 0.95, '--out-midi', grooves)
     print('\nResults in demo/', f'  model      {model.relative_to(ROOT)}',
-          f'  held out   ' + ', '.join(f'{k} {v:.3f}' for k, v in figures.items() if isinstance(v, float)),
+          '  held out   ' + ', '.join(f'{k} {v:.3f}' for k, v in figures.items() if isinstance(v, float)),
           *(f'  groove     {p.relative_to(ROOT)}' for p in sorted(OUT.rglob('*.mid')) if 'synthetic' not in p.parts), sep='\n')
 
 
