@@ -197,17 +197,17 @@ def sample_command(
             if print_json: typer.echo(json.dumps(as_json_groove(grooves, index)))
             if out_midi is None and not print_json: typer.echo('\n'.join(draw(grooves, index)) + '\n')
 
-# %% ../../nbs/groove/18_main.ipynb #4fec67b2
+# %% ../../nbs/groove/18_main.ipynb #43d20f33
 def readable(files, config, skipped, show_bar=None):
-    "The performances of a list that can be read; the number of others, by reason, goes into `skipped`"
+    "The performances of a list that can be read, however small; the number of others, by reason, goes into `skipped`"
     for _, path in progress(files.items(), total=len(files), desc='eval', show=show_bar, unit='file'):
-        try: events = tokenise(read_drums(read_bytes(path, config.min_bytes)), config)
+        try: events = tokenise(read_drums(read_bytes(path, 0)), config)
         except (MidiFault, SkippedFile) as error:
             name = error.fault.name if isinstance(error, MidiFault) else error.status.name
             skipped[name] = skipped.get(name, 0) + 1
             continue
-        if len(events.token) >= config.min_notes: yield events
-        else: skipped['below_min_notes'] = skipped.get('below_min_notes', 0) + 1
+        if len(events.token): yield events
+        else: skipped['no_mapped_drums'] = skipped.get('no_mapped_drums', 0) + 1
 
 
 @app.command('eval')

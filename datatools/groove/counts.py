@@ -97,7 +97,7 @@ def ngram_keys(
         words.copy(), shifts.copy(), keys)
     return keys
 
-# %% ../../nbs/groove/12_counts.ipynb #945b6695
+# %% ../../nbs/groove/12_counts.ipynb #bb322370
 @njit(cache=True)
 def _same(a, i, b, j):
     for word in range(a.shape[1]):
@@ -108,12 +108,13 @@ def _same(a, i, b, j):
 @njit(cache=True)
 def _tally(keys, start, slots, counters, used, limit, weights):
     "Count keys (once each, or `weights` times) from `start` until `limit` slots are used: (next key, slots used)"
-    mask = np.int64(len(counters) - 1)
+    mask, shift = np.int64(len(counters) - 1), np.uint64(64)
+    while np.int64(1) << np.int64(64 - shift) < len(counters): shift -= np.uint64(1)
     for i in range(start, len(keys)):
         mixed = keys[i, 0]
-        for word in range(1, keys.shape[1]): mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9) + keys[i, word]
-        mixed *= np.uint64(0x9E3779B97F4A7C15)
-        slot = np.int64((mixed ^ (mixed >> np.uint64(32))) & np.uint64(mask))
+        for word in range(1, keys.shape[1]): mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xBF58476D1CE4E5B9) + keys[i, word]
+        mixed ^= mixed >> np.uint64(32)
+        slot = np.int64(mixed * np.uint64(0x9E3779B97F4A7C15) >> shift)  # the highest bits, which depend on all others
         while counters[slot] != 0 and not _same(slots, slot, keys, i): slot = (slot + 1) & mask
         if counters[slot] == 0:
             if used == limit: return i, used

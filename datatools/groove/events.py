@@ -145,7 +145,7 @@ def _gaps(steps, positions, bars, longest_gap):
         gaps[i] = gap if 0 < gap <= longest_gap or (gap == 0 and (i == 0 or steps[i] == steps[i - 1])) else longest_gap
     return gaps
 
-# %% ../../nbs/groove/11_events.ipynb #a0cd82b3
+# %% ../../nbs/groove/11_events.ipynb #b6be4807
 class Events(NamedTuple):
     "One performance as the model sees it; the arrays have one entry per kept onset"
     token: np.ndarray     # uint16: gap * classes + drum, below `GrooveConfig.vocabulary`
@@ -161,6 +161,9 @@ def _tokenise(tick, pitch, velocity, signatures, ticks_per_beat, to_class, class
     drums = to_class[pitch]
     mapped = np.flatnonzero(drums != UNMAPPED)
     if len(mapped) < len(tick): tick, drums, velocity = tick[mapped], drums[mapped], velocity[mapped]
+    if (tick[1:] < tick[:-1]).any():  # several drum tracks, read one after the other
+        by_tick = np.argsort(tick, kind='mergesort')
+        tick, drums, velocity = tick[by_tick], drums[by_tick], velocity[by_tick]
     steps, positions, micro, bars = np.empty((4, len(tick)), np.int64)
     _place(tick, signatures, ticks_per_beat, resolution, beats_per_bar, steps, positions, micro, bars)
     order = _canonical_order(steps, drums, velocity)
@@ -176,12 +179,7 @@ def tokenise(
     config:GrooveConfig,  # alphabet and grid
 )->Events:                # its events; onsets of unmapped drums and softer doubles are left out
     "Put a performance on the grid"
-    to_class = _TO_CLASS[config.drum_map]
-    tick, pitch, velocity = part.tick, part.pitch, part.velocity
-    if len(tick) > 1 and (tick[1:] < tick[:-1]).any():  # several drum tracks, read one after the other
-        order = np.argsort(tick, kind='stable')
-        tick, pitch, velocity = tick[order], pitch[order], velocity[order]
-    return Events(*_tokenise(tick, pitch, velocity, part.time_signatures, part.ticks_per_beat, to_class,
+    return Events(*_tokenise(part.tick, part.pitch, part.velocity, part.time_signatures, part.ticks_per_beat, _TO_CLASS[config.drum_map],
         config.classes, config.resolution, config.beats_per_bar))
 
 

@@ -9,13 +9,14 @@ __all__ = ['MIDI_SUFFIXES', 'KEPT', 'LARGEST_FILE', 'BATCH_FILES', 'BATCH_ONSETS
            'train', 'skip_report_path', 'write_skip_report', 'merge_skip_reports', 'open_part', 'merge_files',
            'auto_resolution']
 
-# %% ../../nbs/groove/16_train.ipynb #c6640cd6
+# %% ../../nbs/groove/16_train.ipynb #34329e65
 import csv
 import gc
 import hashlib
 import json
 import logging
 import os
+import stat
 import sys
 import time
 from collections import Counter
@@ -108,12 +109,12 @@ def _names(lines):
         line = line.rstrip(b'\r\n')
         if line.strip(): yield os.fsdecode(line)
 
-# %% ../../nbs/groove/16_train.ipynb #c34782ed
+# %% ../../nbs/groove/16_train.ipynb #5bf39f28
 class Skip(IntEnum):
     "Reasons to skip a file that are not faults of its MIDI"
     missing = 64          # no such file
     directory = 65
-    unreadable = 66       # the system refuses, e.g. no permission
+    unreadable = 66       # the system refuses, e.g. no permission; or a pipe or device
     duplicate = 67        # the same name earlier in the list
     too_large = 68        # above 256 MiB: no drum loop
     below_min_bytes = 69
@@ -137,20 +138,21 @@ class SkippedFile(Exception):
     "A file that is not counted, and why"
     def __init__(self, status, detail=''): self.status, self.detail = status, detail
 
-# %% ../../nbs/groove/16_train.ipynb #7cd40792
+# %% ../../nbs/groove/16_train.ipynb #5aee805c
 def read_bytes(
     path,         # a file
     least:int,    # smaller files are skipped
 )->bytes:
     "The content of a file; raises `SkippedFile`"
     try:
-        with open(path, 'rb') as file: data = file.read(LARGEST_FILE + 1)
-    except FileNotFoundError as error: raise SkippedFile(Skip.missing, str(error)) from error
-    except IsADirectoryError as error: raise SkippedFile(Skip.directory, str(error)) from error
+        facts = os.stat(path)
+        if stat.S_ISDIR(facts.st_mode): raise SkippedFile(Skip.directory)
+        if not stat.S_ISREG(facts.st_mode): raise SkippedFile(Skip.unreadable, 'not a regular file')
+        if facts.st_size > LARGEST_FILE: raise SkippedFile(Skip.too_large)
+        if facts.st_size < least: raise SkippedFile(Skip.below_min_bytes, f'{facts.st_size} bytes')
+        with open(path, 'rb', buffering=0) as file: return file.readall()
+    except (FileNotFoundError, NotADirectoryError) as error: raise SkippedFile(Skip.missing, str(error)) from error
     except (OSError, ValueError) as error: raise SkippedFile(Skip.unreadable, str(error)) from error
-    if len(data) > LARGEST_FILE: raise SkippedFile(Skip.too_large)
-    if len(data) < least: raise SkippedFile(Skip.below_min_bytes, f'{len(data)} bytes')
-    return data
 
 
 def metadata_value(
@@ -186,7 +188,7 @@ def read_aux_csv(
         folder = os.path.dirname(os.path.abspath(path))
         return {os.path.normpath(os.path.join(folder, row[names[0]])): row[key] for row in reader if row[key]}
 
-# %% ../../nbs/groove/16_train.ipynb #b30f798a
+# %% ../../nbs/groove/16_train.ipynb #922dd4ea
 BATCH_FILES, BATCH_ONSETS = 256, 1 << 16  # a batch ends at either
 
 
@@ -227,7 +229,7 @@ def count_files(
             *item, onsets, unmapped = _read_file(path, is_duplicate, config, table)
             waiting.append(item)
             batch.statuses.append(KEPT)
-            added = dict(kept=1, skipped={}, onsets=onsets, unmapped=unmapped, bars=item[0].bars)
+            for name, number in (('kept', 1), ('onsets', onsets), ('unmapped', unmapped), ('bars', item[0].bars)): batch.totals[name] += number
             pending += len(item[0].token)
         except (SkippedFile, MidiFault) as error:
             status = error.status if isinstance(error, SkippedFile) else error.fault
@@ -235,8 +237,7 @@ def count_files(
                 batch.failure = path, str(error)
                 break
             batch.statuses.append(int(status))
-            added = dict(empty_totals(), skipped={reason(status): 1})
-        batch.totals = add_totals([batch.totals, added])
+            batch.totals['skipped'][reason(status)] = batch.totals['skipped'].get(reason(status), 0) + 1
         if pending > BATCH_ONSETS:
             count_events(store, config, *zip(*waiting))
             waiting, pending = [], 0
@@ -377,7 +378,7 @@ def _counted(batches, config, run, table, store):
 class BadFile(FormatError):
     "A malformed MIDI file stopped a run with fail_fast"
 
-# %% ../../nbs/groove/16_train.ipynb #ef1d93cc
+# %% ../../nbs/groove/16_train.ipynb #4f20413e
 def _report(run, progress, total, started, bar, since):
     "Move the bar, or log a line every `log_every` files"
     bar.update(progress.processed - bar.n)
@@ -402,6 +403,7 @@ def _count_all(files, config, run, table, store, state, checkpoint):
                 _report(run, state, total, started, bar, before)
                 saving = run.save_every and state.processed % run.save_every == 0 and state.processed < total
                 if batch.failure or saving: save_checkpoint(checkpoint, state, store)
+                elif not run.save_every and not checkpoint.exists(): store.settle()
                 if batch.failure: raise BadFile(f'{batch.failure[0]}: {batch.failure[1]}. Mend or remove the file and use --resume, or use --no-fail-fast to skip such files.')
                 if run.gc_every and state.processed - collected >= run.gc_every:
                     gc.collect()
