@@ -6,12 +6,13 @@
 __all__ = ['FALLBACK_DISCOUNTS', 'RECALL_LENGTHS', 'RECALL_STRENGTH', 'modified_discounts', 'Trie', 'build_trie', 'forecast',
            'join', 'sharpen', 'score_tokens']
 
-# %% ../../nbs/groove/13_smoothing.ipynb #687b72fe
+# %% ../../nbs/groove/13_smoothing.ipynb #2d0b6e46
 from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
+from ..core import DatatoolsError
 from .counts import KeyLayout, ngram_keys, sort_order
 
 # %% ../../nbs/groove/13_smoothing.ipynb #9c4f29dc
@@ -28,12 +29,12 @@ def modified_discounts(
     discounts = np.array([0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
     return discounts if (discounts[1:] > 0).all() and (discounts[1:] <= [1, 2, 3]).all() else FALLBACK_DISCOUNTS
 
-# %% ../../nbs/groove/13_smoothing.ipynb #7a91b836
+# %% ../../nbs/groove/13_smoothing.ipynb #b509e90a
 class Trie(NamedTuple):
     "Smoothed n-gram models as flat arrays; several tries can share them, each with its own root"
     symbol: np.ndarray      # int32 (nodes,): the symbol by which a node extends its parent's history
-    children: np.ndarray    # int64 (nodes + 1,): node i's children are nodes children[i] … children[i + 1] - 1
-    successors: np.ndarray  # int64 (nodes + 1,): likewise into token and mass
+    children: np.ndarray    # int32 (nodes + 1,): node i's children are nodes children[i] … children[i + 1] - 1
+    successors: np.ndarray  # int32 (nodes + 1,): likewise into token and mass
     backoff: np.ndarray     # float64 (nodes,): weight of the shorter history, 0..1
     token: np.ndarray       # int32 (successors,): ascending within a node
     mass: np.ndarray        # float64 (successors,): discounted probability of this token and all before it in the node
@@ -77,7 +78,7 @@ def _levels(columns, counts, vocabulary, first_token_column):
         longer = row
     return levels[::-1]
 
-# %% ../../nbs/groove/13_smoothing.ipynb #e3a65c4a
+# %% ../../nbs/groove/13_smoothing.ipynb #48075622
 def _level_arrays(level, histories):
     "Successor counts per history, backoff weights, and tokens with their running mass, for one depth"
     kept = level.count > 0
@@ -108,11 +109,17 @@ def build_trie(
     return _assemble(columns, np.asarray(counts, np.int64), vocabulary, 2 if placed else 1, placed)
 
 
+def _int32(numbers):
+    "Places in flat arrays, narrow to stay in the cache"
+    if numbers[-1] >= 2**31: raise DatatoolsError(f'The model has {numbers[-1]:,} nodes or successors; 2,147,483,647 is the most. Train with a lower --order.')
+    return numbers.astype(np.int32)
+
+
 def _assemble(columns, counts, vocabulary, first_token_column, placed):
     "Lay the levels out as one `Trie`"
     if not len(counts):
         empty = np.zeros(0, np.int64)
-        return Trie(np.zeros(1, np.int32), np.ones(2, np.int64), np.zeros(2, np.int64), np.ones(1), empty.astype(np.int32), np.zeros(0), np.zeros(1, np.int64), np.array([placed]), np.ones(1))
+        return Trie(np.zeros(1, np.int32), np.ones(2, np.int32), np.zeros(2, np.int32), np.ones(1), empty.astype(np.int32), np.zeros(0), np.zeros(1, np.int64), np.array([placed]), np.ones(1))
     levels = _levels(columns, counts, vocabulary, first_token_column)
     numbers = [history for history, _ in _histories(columns, vocabulary, first_token_column)]
     sizes = [int(history[-1]) + 1 for history in numbers]
@@ -124,8 +131,8 @@ def _assemble(columns, counts, vocabulary, first_token_column, placed):
         child_counts.append(np.bincount(numbers[depth - 1][first], minlength=sizes[depth - 1]))
     child_counts.append(np.zeros(sizes[-1], np.int64))
     lengths, backoff, token, mass = (np.concatenate(part) for part in zip(*parts))
-    return Trie(np.concatenate(symbols).astype(np.int32), np.concatenate([[1], 1 + np.cumsum(np.concatenate(child_counts))]),
-        np.concatenate([[0], np.cumsum(lengths)]), backoff, token.astype(np.int32), mass, np.zeros(1, np.int64), np.array([placed]), np.ones(1))
+    return Trie(np.concatenate(symbols).astype(np.int32), _int32(np.concatenate([[1], 1 + np.cumsum(np.concatenate(child_counts))])),
+        _int32(np.concatenate([[0], np.cumsum(lengths)])), backoff, token.astype(np.int32), mass, np.zeros(1, np.int64), np.array([placed]), np.ones(1))
 
 # %% ../../nbs/groove/13_smoothing.ipynb #8dab5469
 @njit(cache=True)
@@ -187,7 +194,7 @@ def forecast(trie, token, begin, i, position, start_token, excluded, wanted, pat
         lost += trie.weights[expert] * q
     return 0.0 if wanted <= excluded else hit / (1.0 - lost)
 
-# %% ../../nbs/groove/13_smoothing.ipynb #5bf9f916
+# %% ../../nbs/groove/13_smoothing.ipynb #76210497
 def join(
     tries,    # list of Trie, of one or more experts each
     weights,  # share of each of them, positive; normalised here
@@ -201,7 +208,7 @@ def join(
 
     roots = np.concatenate([trie.roots + start for trie, start in zip(tries, nodes)])
     shares = np.concatenate([trie.weights * weight for trie, weight in zip(tries, weights)])
-    return Trie(whole('symbol'), shifted('children', nodes), shifted('successors', entries), whole('backoff'), whole('token'), whole('mass'),
+    return Trie(whole('symbol'), _int32(shifted('children', nodes)), _int32(shifted('successors', entries)), whole('backoff'), whole('token'), whole('mass'),
         roots, whole('placed'), shares / shares.sum())
 
 # %% ../../nbs/groove/13_smoothing.ipynb #7220fa08
