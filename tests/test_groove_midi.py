@@ -95,6 +95,12 @@ def test_mutants_neither_crash_nor_hang_nor_are_half_read(python, tmp_path):
     assert outcomes['read'] > 200 and len(outcomes) > 12, 'the mutants must reach deep and wide'
 
 
+@pytest.mark.drill
+def test_many_mutants(python, tmp_path):
+    done = python('-m', 'benchmarks.fuzz_midi', '--mutants', 40_000, '--seed', 1, '--most-bytes', 20_000, '--save', tmp_path, timeout=1800)
+    assert done.returncode == 0, f'{done.stdout}\n{done.stderr[-2000:]}'
+
+
 def header(form=1, tracks=1, division=480): return b'MThd' + b''.join(n.to_bytes(size, 'big') for n, size in ((6, 4), (form, 2), (tracks, 2), (division, 2)))
 def track(text, end='00 ff 2f 00'):
     body = bytes.fromhex(text + end)
