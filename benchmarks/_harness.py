@@ -1,0 +1,107 @@
+"""What the benchmarks share: contestants timed in turns, one table, the machine they ran on."""
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / 'benchmarks' / 'results'
+
+
+def say(text):
+    "Tell what is going on, on the error stream: the table alone is the output"
+    print(f'[{time.strftime("%H:%M:%S")}] {text}', file=sys.stderr, flush=True)
+
+
+def machine():
+    "Processor, cores, memory, load and versions, for the head of a table"
+    lines = Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else []
+    model = next((line.partition(':')[2].strip() for line in lines if line.startswith('model name')), platform.processor() or 'unknown')
+    return dict(cpu=model, cores=os.cpu_count(), load=[round(each, 2) for each in os.getloadavg()], python=platform.python_version(),
+        system=platform.platform(), date=time.strftime('%Y-%m-%d %H:%M'))
+
+
+class Times(NamedTuple):
+    "Seconds, one per round"
+    wall: list
+    processor: list  # of this process alone: other people's jobs do not count
+
+    def rates(self, amount): return Times([amount / each for each in self.wall], [amount / max(each, 1e-9) for each in self.processor])
+
+
+def in_turns(contestants, rounds):
+    """Seconds of each contestant (name -> function), one round after the other: what disturbs one disturbs all.
+    A contestant is a function or a pair (function, rounds), the latter for slow ones. Returns name -> Times."""
+    seconds = {name: Times([], []) for name in contestants}
+    for turn in range(rounds):
+        for name, each in contestants.items():
+            run, most = each if isinstance(each, tuple) else (each, rounds)
+            if turn >= most: continue
+            wall, processor = time.perf_counter(), time.process_time()
+            run()
+            seconds[name].wall.append(time.perf_counter() - wall)
+            seconds[name].processor.append(time.process_time() - processor)
+    return seconds
+
+
+@dataclass
+class Row:
+    "A line of the table"
+    measure: str            # lines of one measure stand together
+    who: str
+    values: object          # Times, by wall clock and by processor time; or a list of other figures
+    unit: str = ''
+    ours: float = None      # our median on the same input: the ratio is printed
+    target: str = ''
+    met: bool = None        # None where there is no target
+    note: str = ''
+    median: float = field(init=False)
+    by_processor: float = field(init=False, default=None)
+
+    def __post_init__(self):
+        if isinstance(self.values, Times): self.values, processor = self.values
+        else: processor = []
+        self.median = statistics.median(self.values)
+        if processor: self.by_processor = statistics.median(processor)
+        if self.met is not None: self.met = bool(self.met)
+
+
+def figure(value):
+    "A number in five places or fewer"
+    if value != value or value in (float('inf'), float('-inf')): return str(value)
+    if abs(value) >= 1e6: return f'{value / 1e6:.4g} M'
+    if value == int(value): return f'{int(value):,}'
+    return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.4g}'
+
+
+def show(rows, facts):
+    "Print the table"
+    print(f'{facts["cpu"]}, {facts["cores"]} cores, load {" ".join(map(str, facts["load"]))} at the start, Python {facts["python"]}, {facts["date"]}\n')
+    head = ('', 'median', 'least … most', 'n', 'by processor', 'times', 'target', 'met')
+    lines, at = [], None
+    for row in rows:
+        if row.measure != at: lines.append([row.measure])
+        at = row.measure
+        spread = f'{figure(min(row.values))} … {figure(max(row.values))}' if len(row.values) > 1 else ''
+        ratio = '' if row.ours is None else f'{figure(row.ours / row.median)}x'
+        met = '' if row.met is None else 'yes' if row.met else 'NO'
+        processor = '' if row.by_processor is None else figure(row.by_processor)
+        lines.append([f'  {row.who}', f'{figure(row.median)} {row.unit}'.strip(), spread, str(len(row.values)), processor, ratio, row.target, met, row.note])
+    width = [max(len(line[column]) for line in [head, *lines] if len(line) > 1) for column in range(len(head))]
+    def layout(line): return '  '.join(cell.ljust(size) for cell, size in zip(line, [*width, 0])).rstrip()
+    print(layout(head))
+    for line in lines: print(('\n' if len(line) == 1 else '') + layout(line))
+    print('\ntimes: how many times our figure is theirs. n: rounds, in turns with the others of the same measure.\nby processor: the same figure by the processor time of this process instead of the wall clock; other people\'s jobs slow it less.', flush=True)
+
+
+def save(name, rows, facts):
+    "Keep the figures as JSON"
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f'{name}-{time.strftime("%Y%m%d-%H%M%S")}.json'
+    path.write_text(json.dumps(dict(machine=facts, rows=[asdict(row) for row in rows]), indent=1, default=float))
+    say(f'figures in {path.relative_to(ROOT)}')
