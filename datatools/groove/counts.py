@@ -6,11 +6,11 @@
 __all__ = ['SCHEMA_VERSION', 'KeyLayout', 'ngram_keys', 'sort_order', 'merge_runs', 'Tally', 'merge_blocks', 'fold_order',
            'fold_blocks', 'MemoryStore', 'MemmapStore', 'write_order_shards', 'read_order_shards', 'SqliteStore']
 
-# %% ../../nbs/groove/12_counts.ipynb #719047fe
+# %% ../../nbs/groove/12_counts.ipynb #d3113018
 import json
 import os
 import sqlite3
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from numba import njit
 
 from ..arrays import ArrayFile, array_writer, narrow_counts, write_arrays
-from ..core import FormatError, MemoryLimitError, bad_value, check_same_config, clean_temporaries, file_lock, human_bytes, read_json, write_json
+from ..core import DatatoolsError, FormatError, MemoryLimitError, bad_value, check_same_config, clean_temporaries, file_lock, human_bytes, read_json, write_json
 
 # %% ../../nbs/groove/12_counts.ipynb #34f9df90
 @dataclass(frozen=True)
@@ -533,7 +533,7 @@ def read_order_shards(
         raise FormatError(f'{directory}/order_{order} has {len(shards)} shards with {rows} rows, meta.json says {facts["shards"]} with {facts["rows"]}.')
     return meta, shards
 
-# %% ../../nbs/groove/12_counts.ipynb #db7163ef
+# %% ../../nbs/groove/12_counts.ipynb #fe9cf977
 class SqliteStore(MemoryStore):
     "Counts in an SQLite database, which also keeps the progress they belong to"
     kind = 'sqlite'
@@ -549,9 +549,9 @@ class SqliteStore(MemoryStore):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._stack = ExitStack()
         self._stack.enter_context(file_lock(f'{path}.lock'))
-        self.connection = sqlite3.connect(self.path, isolation_level=None)
-        self._stack.callback(self.connection.close)
         try:
+            self.connection = sqlite3.connect(self.path, isolation_level=None)
+            self._stack.callback(self.connection.close)
             for pragma in ('journal_mode=WAL', 'synchronous=NORMAL'): self.connection.execute(f'PRAGMA {pragma}')
             self.connection.execute('CREATE TABLE IF NOT EXISTS progress (id INTEGER PRIMARY KEY CHECK (id = 1), facts TEXT, statuses BLOB)')
         except sqlite3.DatabaseError as error:
@@ -561,8 +561,18 @@ class SqliteStore(MemoryStore):
     def _make_room(self):
         if self.bytes > self.memory_bytes: self.spill()
 
+    @contextmanager
+    def _explained(self):
+        "Say which database failed, and that nothing is lost"
+        try: yield
+        except sqlite3.DatabaseError as error:
+            raise DatatoolsError(f'{self.path}: {error}. Counts up to the last checkpoint are safe: mend this, then use --resume.') from error
+
     def spill(self):
         "Upsert all counts in memory, within the transaction that the next checkpoint ends"
+        with self._explained(): self._upsert()
+
+    def _upsert(self):
         if not self.connection.in_transaction: self.connection.execute('BEGIN IMMEDIATE')
         tallies, self.tallies = self.tallies, {}
         for name, tally in sorted(tallies.items()):
@@ -588,14 +598,15 @@ class SqliteStore(MemoryStore):
 
     def close(self): self._stack.close()
 
-# %% ../../nbs/groove/12_counts.ipynb #1de93d8c
+# %% ../../nbs/groove/12_counts.ipynb #9cbf0159
 @patch
 def state(self:SqliteStore, progress):
     "(facts, arrays) for a checkpoint: counts and `progress` (JSON facts, uint8 array of statuses) are committed together"
-    self.spill()
     facts, statuses = progress
-    self.connection.execute('INSERT OR REPLACE INTO progress VALUES (1, ?, ?)', (json.dumps(facts), statuses.tobytes()))
-    self.connection.execute('COMMIT')
+    with self._explained():
+        self._upsert()
+        self.connection.execute('INSERT OR REPLACE INTO progress VALUES (1, ?, ?)', (json.dumps(facts), statuses.tobytes()))
+        self.connection.execute('COMMIT')
     return dict(store=self.kind, database=str(self.path.absolute())), {}
 
 

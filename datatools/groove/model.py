@@ -356,7 +356,7 @@ def _median_tempo(tables):
     tempo, counts = (np.concatenate(column) for column in zip(*((keys[:, 0] >> np.uint64(48), counts) for keys, counts in tables)))
     return float(tempo[np.searchsorted(np.cumsum(counts), counts.sum() / 2)]) if len(tempo) else 120.0
 
-# %% ../../nbs/groove/15_model.ipynb #95fb82cd
+# %% ../../nbs/groove/15_model.ipynb #3ca6b776
 @patch
 def generate(self:GrooveModel,
     bars:int=4,                # length of each groove
@@ -384,8 +384,8 @@ def generate(self:GrooveModel,
     drum = (token % config.classes).astype(np.int64)
     loudness, late = sample_feel(feel, drum, np.minimum(step % config.longest_gap, 254), starts, seeds)
     if velocity is not None: loudness *= velocity / max(1.0, np.average(feel.velocity * 4 + 2.0, weights=np.diff(feel.running))) if len(feel.velocity) else 1.0
-    per_step = TICKS_PER_BEAT / config.resolution
-    tick = np.maximum(0, np.floor(step * per_step + late * per_step)).astype(np.int64)
+    earliest = -((1 - 2 * step) * TICKS_PER_BEAT // (2 * config.resolution))  # first tick that is rounded to this step
+    tick = np.maximum(np.maximum(0, earliest), np.floor((step + late) * TICKS_PER_BEAT / config.resolution).astype(np.int64))
     pitch = drum_lookup(config.drum_map)[1][drum]
     tempo = _median_tempo([self.table('tempo')] if style is None else self.style_tables('tempo', style))
     return Grooves(config, token, starts, tick, pitch, np.clip(np.round(loudness), 1, 127).astype(np.uint8), tempo)

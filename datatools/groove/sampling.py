@@ -107,7 +107,7 @@ def _recalled(memory, slots, known, strength, token, begin, state):
             return np.int64(token[begin + onset])
     return np.int64(-1)
 
-# %% ../../nbs/groove/14_sampling.ipynb #82e867ea
+# %% ../../nbs/groove/14_sampling.ipynb #d5dd3089
 @njit(cache=True)
 def fill_distribution(trie, token, begin, i, position, start_token, excluded, path, p):
     "Fill `p` (vocabulary,) with the experts' probabilities of every token as onset i"
@@ -122,7 +122,8 @@ def fill_distribution(trie, token, begin, i, position, start_token, excluded, pa
             share *= trie.backoff[path[k]]
         p += share / start_token
     p[:excluded + 1] = 0.0
-    p /= p.sum()
+    if p.sum() > 0.0: p /= p.sum()
+    else: p[excluded + 1:] = 1.0 / (start_token - excluded - 1)  # all that was heard is excluded
 
 
 @njit(cache=True)
@@ -137,7 +138,18 @@ def _add_recall(memory, slots, known, strength, token, begin, p):
             p[token[begin + onset]] += 1.0 / (count + strength)
             onset = memory.earlier[onset, m]
 
-# %% ../../nbs/groove/14_sampling.ipynb #a286f9eb
+# %% ../../nbs/groove/14_sampling.ipynb #f5e8eabd
+@njit(cache=True)
+def _keep(p, count):
+    "Set all but the `count` largest entries of `p` to zero; of equal ones the first stay"
+    if count >= len(p): return
+    least = np.sort(p)[len(p) - count]
+    ties = count - np.count_nonzero(p > least)
+    for index in range(len(p)):
+        if p[index] == least and ties > 0: ties -= 1
+        elif p[index] <= least: p[index] = 0.0
+
+
 @njit(cache=True)
 def _reshape(p, temperature, top_k, top_p):
     "Apply temperature, then top-k (0: all), then top-p (1: all), to the distribution `p`, in place"
@@ -147,14 +159,10 @@ def _reshape(p, temperature, top_k, top_p):
         for index in range(len(p)):  # most tokens share the smallest probability: one power for all of them
             if p[index] != last: last, powered = p[index], p[index] ** (1.0 / temperature)
             p[index] = powered
-    if 0 < top_k < len(p):
-        floor = np.sort(p)[len(p) - top_k]
-        p[p < floor] = 0.0
+    if 0 < top_k < len(p): _keep(p, top_k)
     p /= p.sum()
     if top_p < 1.0:
-        falling = np.sort(p)[::-1]
-        kept = min(np.searchsorted(np.cumsum(falling), top_p), len(p) - 1)
-        p[p < falling[kept]] = 0.0
+        _keep(p, np.searchsorted(np.cumsum(np.sort(p)[::-1]), top_p) + 1)
         p /= p.sum()
 
 

@@ -29,10 +29,10 @@ def modified_discounts(
     discounts = np.array([0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
     return discounts if (discounts[1:] > 0).all() and (discounts[1:] <= [1, 2, 3]).all() else FALLBACK_DISCOUNTS
 
-# %% ../../nbs/groove/13_smoothing.ipynb #b509e90a
+# %% ../../nbs/groove/13_smoothing.ipynb #b863d11c
 class Trie(NamedTuple):
     "Smoothed n-gram models as flat arrays; several tries can share them, each with its own root"
-    symbol: np.ndarray      # int32 (nodes,): the symbol by which a node extends its parent's history
+    symbol: np.ndarray      # int32 (nodes,): the symbol by which a node extends its parent's history; -1 at a root
     children: np.ndarray    # int32 (nodes + 1,): node i's children are nodes children[i] … children[i + 1] - 1
     successors: np.ndarray  # int32 (nodes + 1,): likewise into token and mass
     backoff: np.ndarray     # float64 (nodes,): weight of the shorter history, 0..1
@@ -78,7 +78,15 @@ def _levels(columns, counts, vocabulary, first_token_column):
         longer = row
     return levels[::-1]
 
-# %% ../../nbs/groove/13_smoothing.ipynb #48075622
+# %% ../../nbs/groove/13_smoothing.ipynb #2b699a0a
+@njit(cache=True)
+def _running(group, values):
+    "Running sums that begin anew with each group of neighbours"
+    sums = np.empty(len(values))
+    for i in range(len(values)): sums[i] = values[i] + (sums[i - 1] if i and group[i] == group[i - 1] else 0.0)
+    return sums
+
+
 def _level_arrays(level, histories):
     "Successor counts per history, backoff weights, and tokens with their running mass, for one depth"
     kept = level.count > 0
@@ -87,11 +95,7 @@ def _level_arrays(level, histories):
     total = np.bincount(history, weights=count, minlength=histories)
     backoff = np.bincount(history, weights=discount, minlength=histories) / np.maximum(total, 1)
     backoff[total == 0] = 1.0
-    share = (count - discount) / total[history]
-    running = np.cumsum(share)
-    lengths = np.bincount(history, minlength=histories)
-    before = np.concatenate([[0.0], running])[np.cumsum(lengths) - lengths]
-    return lengths, backoff, token, running - before[history]
+    return np.bincount(history, minlength=histories), backoff, token, _running(history, (count - discount) / total[history])
 
 
 def build_trie(
@@ -119,12 +123,12 @@ def _assemble(columns, counts, vocabulary, first_token_column, placed):
     "Lay the levels out as one `Trie`"
     if not len(counts):
         empty = np.zeros(0, np.int64)
-        return Trie(np.zeros(1, np.int32), np.ones(2, np.int32), np.zeros(2, np.int32), np.ones(1), empty.astype(np.int32), np.zeros(0), np.zeros(1, np.int64), np.array([placed]), np.ones(1))
+        return Trie(np.full(1, -1, np.int32), np.ones(2, np.int32), np.zeros(2, np.int32), np.ones(1), empty.astype(np.int32), np.zeros(0), np.zeros(1, np.int64), np.array([placed]), np.ones(1))
     levels = _levels(columns, counts, vocabulary, first_token_column)
     numbers = [history for history, _ in _histories(columns, vocabulary, first_token_column)]
     sizes = [int(history[-1]) + 1 for history in numbers]
     parts = [_level_arrays(level, size) for level, size in zip(levels, sizes)]
-    symbols, child_counts = [np.zeros(1, np.int64)], []
+    symbols, child_counts = [np.array([-1])], []  # the root extends nothing
     for depth in range(1, columns.shape[1]):
         first = np.flatnonzero(np.diff(numbers[depth], prepend=-1))
         symbols.append(columns[first, depth])
@@ -258,7 +262,7 @@ def _recall_keys(token, begin, i, position, lengths, keys):
             done += 1
     return done
 
-# %% ../../nbs/groove/13_smoothing.ipynb #e782097f
+# %% ../../nbs/groove/13_smoothing.ipynb #3e1633e3
 @njit(cache=True)
 def _score(trie, token, position, starts, start_token, classes, recall, lengths, strength, out):
     "Fill `out` with the log2 probability of every onset of several performances"
@@ -275,7 +279,7 @@ def _score(trie, token, position, starts, start_token, classes, recall, lengths,
             known = _recall_keys(token, begin, i, before, lengths, keys) if recall else 0
             for m in range(known):
                 history = _slot(table, keys[m])
-                continued = _mixed(keys[m], token[i]) | np.uint64(1)
+                continued = _mixed(keys[m] ^ np.uint64(0xD6E8FEB86659FD93), token[i]) | np.uint64(1)  # apart from hashes of longer histories
                 slot = _slot(table, continued)
                 p = (count[slot] + strength * p) / (count[history] + strength)
                 if table[history] == 0:

@@ -109,21 +109,21 @@ def _names(lines):
         line = line.rstrip(b'\r\n')
         if line.strip(): yield os.fsdecode(line)
 
-# %% ../../nbs/groove/16_train.ipynb #5bf39f28
+# %% ../../nbs/groove/16_train.ipynb #06397781
 class Skip(IntEnum):
     "Reasons to skip a file that are not faults of its MIDI"
     missing = 64          # no such file
     directory = 65
     unreadable = 66       # the system refuses, e.g. no permission; or a pipe or device
     duplicate = 67        # the same name earlier in the list
-    too_large = 68        # above 256 MiB: no drum loop
+    too_large = 68        # above 32 MiB: no drum loop
     below_min_bytes = 69
     below_min_notes = 70  # after unmapped drums and doubles are left out
     bad_metadata = 71     # the .meta.yaml beside it cannot be read, or its value is not one word or number
 
 
 KEPT = 0
-LARGEST_FILE = 1 << 28
+LARGEST_FILE = 1 << 25
 
 
 def reason(
@@ -347,7 +347,7 @@ def load_checkpoint(
     header, statuses = (file.header, file['status']) if own is None else own
     return Progress(facts, header['totals'], bytes(statuses))
 
-# %% ../../nbs/groove/16_train.ipynb #7496a4ad
+# %% ../../nbs/groove/16_train.ipynb #8f7dc288
 LOG = logging.getLogger('datatools.groove')
 
 
@@ -368,7 +368,8 @@ def _counted(batches, config, run, table, store):
     if run.n_jobs == 1:
         for files in batches: yield count_files(files, config, table, run.fail_fast, store)
         return
-    tasks = ((str(number), (files, config, table, run.fail_fast, run.hash_buckets)) for number, files in enumerate(batches))
+    def own(files): return table and {name: table[name] for name in (os.path.abspath(path) for path, _ in files) if name in table}
+    tasks = ((str(number), (files, config, own(files), run.fail_fast, run.hash_buckets)) for number, files in enumerate(batches))
     for result in run_tasks(count_files_apart, tasks, workers=run.n_jobs):
         if result.error: raise result.error
         for name, table_run in result.value.tables.items(): store.add_run(name, *table_run)
