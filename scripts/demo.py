@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / 'demo'
 GROOVE_MIDI = ROOT.parent / 'shared/data/groove_midi'
 SHARDS = 4
-TRAINING = ['--drum-map', 'pitch', '--order', '8', '--save-every', '200', '--resume']
+TRAINING = ['--drum-map', 'pitch', '--order', '8', '--min-bytes', '0', '--min-notes', '1', '--save-every', '200', '--resume']
 
 
 def groove(*arguments: object, quiet: bool = False) -> str:

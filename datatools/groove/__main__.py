@@ -7,7 +7,7 @@ __all__ = ['app', 'LoopsDir', 'Filelist', 'groove', 'clear_errors', 'show', 'Dru
            'choose_store', 'train_command', 'merge_command', 'numbered', 'draw', 'as_json_groove', 'sample_command',
            'readable', 'eval_command', 'info_command', 'model_stats', 'stats_command', 'export_command']
 
-# %% ../../nbs/groove/19_main.ipynb #35ef4a9c
+# %% ../../nbs/groove/19_main.ipynb #db684682
 import json
 import logging
 import sys
@@ -27,7 +27,7 @@ from .events import DRUM_CLASSES, GrooveConfig, tokenise
 from .midi import MidiFault, read_drums, write_drums
 from .model import GrooveModel, table_layout
 from .smoothing import modified_discounts
-from .train import FileList, Run, SkippedFile, auto_resolution, merge_files, read_bytes, train
+from .train import FileList, Run, SkippedFile, auto_resolution, merge_files, read_bytes, train_model
 
 # %% ../../nbs/groove/19_main.ipynb #218b139e
 app = typer.Typer(name='groove', help='Train n-gram models of drum grooves on corpora of any size, evaluate them, and sample grooves with feel.',
@@ -83,7 +83,7 @@ def choose_store(train_mode, store):
         raise bad_value('--store', store.value, 'memory with --train-mode memory; memmap or sqlite with --train-mode stream', 'Leave one of the two out.')
     return store.value
 
-# %% ../../nbs/groove/19_main.ipynb #df3f0faf
+# %% ../../nbs/groove/19_main.ipynb #05686586
 LoopsDir = Annotated[Optional[Path], typer.Argument(metavar='LOOPS_DIR', help='Directory with .mid files; all below it are taken.')]
 Filelist = Annotated[Optional[str], typer.Option('--from-filelist', metavar='FILE', help='List of files, one per line; - reads standard input.')]
 
@@ -134,7 +134,7 @@ def train_command(
             n_jobs, save_every, checkpoint_dir, resume, resume_from, fail_fast, aux_csv, show_progress, log_every, mem_stats, gc_every)
         files = open_list(loops_dir, from_filelist, max_files)
         if auto_res: config = replace(config, resolution=auto_resolution(files, config))
-        show(dict(resolution=config.resolution, **train(files, output, config, run)), as_json)
+        show(dict(resolution=config.resolution, **train_model(files, output, config, run)), as_json)
 
 # %% ../../nbs/groove/19_main.ipynb #92fbe3d3
 @app.command('merge')

@@ -6,7 +6,7 @@
 __all__ = ['MIDI_SUFFIXES', 'KEPT', 'LARGEST_FILE', 'BATCH_FILES', 'BATCH_ONSETS', 'CHECKPOINT_KIND', 'CHECKPOINT_VERSION', 'LOG',
            'FileList', 'Skip', 'reason', 'SkippedFile', 'read_bytes', 'metadata_value', 'read_aux_csv', 'Batch',
            'count_files', 'count_files_apart', 'Run', 'Progress', 'save_checkpoint', 'load_checkpoint', 'BadFile',
-           'train', 'skip_report_path', 'write_skip_report', 'merge_skip_reports', 'open_part', 'merge_files',
+           'train_model', 'skip_report_path', 'write_skip_report', 'merge_skip_reports', 'open_part', 'merge_files',
            'auto_resolution']
 
 # %% ../../nbs/groove/16_train.ipynb #34329e65
@@ -437,8 +437,8 @@ def _finished(output, config, coverage):
     except FormatError: return None
     return model if model.config == config and model.coverage == coverage else None
 
-# %% ../../nbs/groove/16_train.ipynb #4a84bcfd
-def train(
+# %% ../../nbs/groove/16_train.ipynb #f99368c1
+def train_model(
     files:FileList,          # the corpus
     output,                  # model file to write
     config:GrooveConfig=None, # what is counted
@@ -481,7 +481,7 @@ def _finish(output, config, coverage, run, store, state, files):
 
 
 def _summary(run, output, totals, start, processed):
-    "What `train` gives back"
+    "What `train_model` gives back"
     seconds = time.perf_counter() - start
     memory = dict(peak_rss_bytes=peak_rss_bytes()) if run.mem_stats else {}
     return dict(output=str(output), skip_report=str(skip_report_path(output)), processed=processed, kept=totals['kept'], skipped=totals['skipped'],
