@@ -169,7 +169,7 @@ def merge_runs(
         runs = sorted([*runs, (keys[:rows].copy(), narrow_counts(counts[:rows]))], key=lambda run: len(run[1]))
     return runs[0]
 
-# %% ../../nbs/groove/12_counts.ipynb #bb3d32a4
+# %% ../../nbs/groove/12_counts.ipynb #a09b98a3
 class Tally:
     "Exact counts of keys: a hash table and the sorted runs drained from it"
     def __init__(self,
@@ -204,34 +204,41 @@ class Tally:
         _, self._used = _tally(keys, 0, self._slots, self._counters, 0, self._limit, counters)
         self._since_drain = since_drain
 
-    def add_run(self,
-        keys,    # uint64 (rows, words), ascending, distinct
-        counts,  # unsigned integers (rows,)
-    ):
-        "Add counts that are already aggregated"
-        if not len(counts): return
-        self.runs.append((keys, narrow_counts(counts)))
-        while len(self.runs) > 1 and len(self.runs[-2][1]) < 2 * len(self.runs[-1][1]):
-            self.runs.append(merge_runs([self.runs.pop(), self.runs.pop()]))
+# %% ../../nbs/groove/12_counts.ipynb #7fe5a497
+@patch
+def add_run(self:Tally,
+    keys,    # uint64 (rows, words), ascending, distinct
+    counts,  # unsigned integers (rows,)
+):
+    "Add counts that are already aggregated"
+    if not len(counts): return
+    self.runs.append((keys, narrow_counts(counts)))
+    while len(self.runs) > 1 and len(self.runs[-2][1]) < 2 * len(self.runs[-1][1]):
+        self.runs.append(merge_runs([self.runs.pop(), self.runs.pop()]))
 
-    def drain(self):
-        "Empty the hash table into a sorted run"
-        taken = np.flatnonzero(self._counters)
-        keys = self._slots[taken]
-        order = sort_order(keys)
-        self.add_run(keys[order], self._counters[taken][order])
-        self._counters[:] = 0
-        self._used = self._since_drain = 0
 
-    def take(self):
-        "All counts as one run; the tally is empty afterwards"
-        self.drain()
-        run = merge_runs(self.runs) if self.runs else (np.empty((0, self.words), np.uint64), np.empty(0, np.uint32))
-        self.runs = []
-        return run
+@patch
+def drain(self:Tally):
+    "Empty the hash table into a sorted run"
+    taken = np.flatnonzero(self._counters)
+    keys = self._slots[taken]
+    order = sort_order(keys)
+    self.add_run(keys[order], self._counters[taken][order])
+    self._counters[:] = 0
+    self._used = self._since_drain = 0
 
-    @property
-    def bytes(self): return self._slots.nbytes + self._counters.nbytes + sum(keys.nbytes + counts.nbytes for keys, counts in self.runs)
+
+@patch
+def take(self:Tally):
+    "All counts as one run; the tally is empty afterwards"
+    self.drain()
+    run = merge_runs(self.runs) if self.runs else (np.empty((0, self.words), np.uint64), np.empty(0, np.uint32))
+    self.runs = []
+    return run
+
+
+@patch(as_prop=True)
+def bytes(self:Tally): return self._slots.nbytes + self._counters.nbytes + sum(keys.nbytes + counts.nbytes for keys, counts in self.runs)
 
 # %% ../../nbs/groove/12_counts.ipynb #3ba88567
 @njit(cache=True)
@@ -302,7 +309,7 @@ def fold_blocks(
         if len(counts) > 1: yield keys[:-1], counts[:-1]
     if held is not None: yield held
 
-# %% ../../nbs/groove/12_counts.ipynb #1559b1ab
+# %% ../../nbs/groove/12_counts.ipynb #5dae11bb
 class MemoryStore:
     "Counts in memory; its state is the counts themselves"
     kind = 'memory'
@@ -341,27 +348,40 @@ class MemoryStore:
         raise MemoryLimitError(f'The counts need {human_bytes(self.bytes)}, the limit leaves {human_bytes(self.memory_bytes)}. '
             'Raise --max-ram-mb, or use --train-mode stream.', dict(counts_bytes=self.bytes, limit_bytes=self.memory_bytes))
 
-    def names(self): return sorted(self.tallies)
+# %% ../../nbs/groove/12_counts.ipynb #410b6d00
+@patch
+def names(self:MemoryStore): return sorted(self.tallies)
 
-    def state(self, progress):
-        "(facts, arrays) for a checkpoint; `progress` (facts, arrays) of the job is only passed on by stores that write it themselves"
-        runs = {name: self.tallies[name].take() for name in self.names()}
-        for name, run in runs.items(): self.add_run(name, *run)
-        return dict(store=self.kind), {f'{name}/{part}': array for name, run in runs.items() for part, array in zip(('keys', 'counts'), run)}
 
-    def restore(self, facts, arrays):
-        "Take up the state of a checkpoint"
-        for name in arrays:
-            if name.endswith('/keys'): self.add_run(name[:-5], np.array(arrays[name]), np.array(arrays[f'{name[:-5]}/counts']))
+@patch
+def state(self:MemoryStore, progress):
+    "(facts, arrays) for a checkpoint; `progress` (facts, arrays) of the job is only passed on by stores that write it themselves"
+    runs = {name: self.tallies[name].take() for name in self.names()}
+    for name, run in runs.items(): self.add_run(name, *run)
+    return dict(store=self.kind), {f'{name}/{part}': array for name, run in runs.items() for part, array in zip(('keys', 'counts'), run)}
 
-    def blocks(self, name):
-        "The final table, as ascending runs"
-        yield self.tally(name).take()
 
-    def settle(self): "Nothing to tidy up after a checkpoint"
-    def close(self): "Nothing to close"
+@patch
+def restore(self:MemoryStore, facts, arrays):
+    "Take up the state of a checkpoint"
+    for name in arrays:
+        if name.endswith('/keys'): self.add_run(name[:-5], np.array(arrays[name]), np.array(arrays[f'{name[:-5]}/counts']))
 
-# %% ../../nbs/groove/12_counts.ipynb #a4e79da9
+
+@patch
+def blocks(self:MemoryStore, name):
+    "The final table, as ascending runs"
+    yield self.tally(name).take()
+
+
+@patch
+def settle(self:MemoryStore): "Nothing to tidy up after a checkpoint"
+
+
+@patch
+def close(self:MemoryStore): "Nothing to close"
+
+# %% ../../nbs/groove/12_counts.ipynb #8d3661ae
 SCHEMA_VERSION = 2
 
 
@@ -397,34 +417,46 @@ class MemmapStore(MemoryStore):
             while len(files) > 1 and files[-2][1] < 2 * files[-1][1]:
                 self._write_run(name, self._merged([files.pop(), files.pop()]))
 
-    def _write_run(self, name, blocks):
-        "Write a run file from blocks and list it"
-        file, rows = f'{quote(name, safe="@")}.{self.number:08d}.run', 0
-        self.number += 1
-        with array_writer(self.directory/'runs'/file, 'count run', dict(table=name)) as writer:
-            for keys, counts in blocks:
-                writer.append('keys', keys)
-                writer.append('counts', counts)
-                rows += len(counts)
-        self.files.setdefault(name, []).append((file, rows))
+# %% ../../nbs/groove/12_counts.ipynb #3e1de62e
+@patch
+def _write_run(self:MemmapStore, name, blocks):
+    "Write a run file from blocks and list it"
+    file, rows = f'{quote(name, safe="@")}.{self.number:08d}.run', 0
+    self.number += 1
+    with array_writer(self.directory/'runs'/file, 'count run', dict(table=name)) as writer:
+        for keys, counts in blocks:
+            writer.append('keys', keys)
+            writer.append('counts', counts)
+            rows += len(counts)
+    self.files.setdefault(name, []).append((file, rows))
 
-    def _reader(self, file):
-        "Function (start, stop) → rows of a run file"
-        run = ArrayFile(self.directory/'runs'/file, 'count run')
-        return lambda start, stop: (run.rows('keys', start, stop), run.rows('counts', start, stop))
 
-    def names(self): return sorted({*self.tallies, *self.files})
+@patch
+def _reader(self:MemmapStore, file):
+    "Function (start, stop) → rows of a run file"
+    run = ArrayFile(self.directory/'runs'/file, 'count run')
+    return lambda start, stop: (run.rows('keys', start, stop), run.rows('counts', start, stop))
 
-    def blocks(self, name):
-        self.spill()
-        yield from self._merged(self.files.get(name, []))
 
-    def _merged(self, files):
-        "Rows of run files, merged within the memory limit (8 to 16 bytes of key and 8 of count per row, several copies)"
-        rows = self.memory_bytes // (100 * max(1, len(files)))
-        return merge_blocks([self._reader(file) for file, _ in files], max(1 << 12, min(1 << 18, rows)))
+@patch
+def names(self:MemmapStore): return sorted({*self.tallies, *self.files})
 
-    def close(self): self._stack.close()
+
+@patch
+def blocks(self:MemmapStore, name):
+    self.spill()
+    yield from self._merged(self.files.get(name, []))
+
+
+@patch
+def _merged(self:MemmapStore, files):
+    "Rows of run files, merged within the memory limit (8 to 16 bytes of key and 8 of count per row, several copies)"
+    rows = self.memory_bytes // (100 * max(1, len(files)))
+    return merge_blocks([self._reader(file) for file, _ in files], max(1 << 12, min(1 << 18, rows)))
+
+
+@patch
+def close(self:MemmapStore): self._stack.close()
 
 # %% ../../nbs/groove/12_counts.ipynb #8a2310c6
 @patch
@@ -453,7 +485,7 @@ def settle(self:MemmapStore):
     for path in (self.directory/'runs').glob('*.run'):
         if path.name not in named: path.unlink()
 
-# %% ../../nbs/groove/12_counts.ipynb #0d49b36f
+# %% ../../nbs/groove/12_counts.ipynb #d7310a4e
 def write_order_shards(
     directory,          # where `order_K/` go
     order:int,          # K
@@ -483,7 +515,7 @@ def write_order_shards(
     if sum(len(counts) for _, counts in held): flush(np.concatenate([keys for keys, _ in held]), np.concatenate([counts.astype(np.uint64) for _, counts in held]))
     return facts
 
-
+# %% ../../nbs/groove/12_counts.ipynb #4a0cfa76
 @patch
 def write_shards(self:MemmapStore,
     name:str,        # table: n-grams, newest token first
@@ -533,7 +565,7 @@ def read_order_shards(
         raise FormatError(f'{directory}/order_{order} has {len(shards)} shards with {rows} rows, meta.json says {facts["shards"]} with {facts["rows"]}.')
     return meta, shards
 
-# %% ../../nbs/groove/12_counts.ipynb #fe9cf977
+# %% ../../nbs/groove/12_counts.ipynb #dd29e737
 class SqliteStore(MemoryStore):
     "Counts in an SQLite database, which also keeps the progress they belong to"
     kind = 'sqlite'
@@ -558,45 +590,59 @@ class SqliteStore(MemoryStore):
             self.close()
             raise FormatError(f'{path} cannot be used as a database: {error}. Give another --db-path.') from error
 
-    def _make_room(self):
-        if self.bytes > self.memory_bytes: self.spill()
+# %% ../../nbs/groove/12_counts.ipynb #a2aea072
+@patch
+def _make_room(self:SqliteStore):
+    if self.bytes > self.memory_bytes: self.spill()
 
-    @contextmanager
-    def _explained(self):
-        "Say which database failed, and that nothing is lost"
-        try: yield
-        except sqlite3.DatabaseError as error:
-            raise DatatoolsError(f'{self.path}: {error}. Counts up to the last checkpoint are safe: mend this, then use --resume.') from error
 
-    def spill(self):
-        "Upsert all counts in memory, within the transaction that the next checkpoint ends"
-        with self._explained(): self._upsert()
+@patch
+@contextmanager
+def _explained(self:SqliteStore):
+    "Say which database failed, and that nothing is lost"
+    try: yield
+    except sqlite3.DatabaseError as error:
+        raise DatatoolsError(f'{self.path}: {error}. Counts up to the last checkpoint are safe: mend this, then use --resume.') from error
 
-    def _upsert(self):
-        if not self.connection.in_transaction: self.connection.execute('BEGIN IMMEDIATE')
-        tallies, self.tallies = self.tallies, {}
-        for name, tally in sorted(tallies.items()):
-            keys, counts = tally.take()
-            table = '"' + name.replace('"', '""') + '"'
-            self.connection.execute(f'CREATE TABLE IF NOT EXISTS {table} (key BLOB PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID')
-            width = 8 * keys.shape[1]
-            blob = keys.astype('>u8').tobytes()
-            rows = ((blob[i * width:(i + 1) * width], count) for i, count in enumerate(counts.tolist()))
-            self.connection.executemany(f'INSERT INTO {table} VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET count = count + excluded.count', rows)
 
-    def names(self):
-        tables = self.connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name <> 'progress'")
-        return sorted({*super().names(), *(name for name, in tables)})
+@patch
+def spill(self:SqliteStore):
+    "Upsert all counts in memory, within the transaction that the next checkpoint ends"
+    with self._explained(): self._upsert()
 
-    def blocks(self, name, block_rows=1 << 16):
-        self.spill()
-        cursor = self.connection.execute('SELECT key, count FROM "{}" ORDER BY key'.format(name.replace('"', '""')))
-        words = self.layouts(name).words
-        while rows := cursor.fetchmany(block_rows):
-            keys = np.frombuffer(b''.join(key for key, _ in rows), '>u8').reshape(-1, words)
-            yield keys.astype(np.uint64), narrow_counts(np.array([count for _, count in rows], np.uint64))
 
-    def close(self): self._stack.close()
+@patch
+def _upsert(self:SqliteStore):
+    if not self.connection.in_transaction: self.connection.execute('BEGIN IMMEDIATE')
+    tallies, self.tallies = self.tallies, {}
+    for name, tally in sorted(tallies.items()):
+        keys, counts = tally.take()
+        table = '"' + name.replace('"', '""') + '"'
+        self.connection.execute(f'CREATE TABLE IF NOT EXISTS {table} (key BLOB PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID')
+        width = 8 * keys.shape[1]
+        blob = keys.astype('>u8').tobytes()
+        rows = ((blob[i * width:(i + 1) * width], count) for i, count in enumerate(counts.tolist()))
+        self.connection.executemany(f'INSERT INTO {table} VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET count = count + excluded.count', rows)
+
+
+@patch
+def names(self:SqliteStore):
+    tables = self.connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name <> 'progress'")
+    return sorted({*self.tallies, *(name for name, in tables)})
+
+
+@patch
+def blocks(self:SqliteStore, name, block_rows=1 << 16):
+    self.spill()
+    cursor = self.connection.execute('SELECT key, count FROM "{}" ORDER BY key'.format(name.replace('"', '""')))
+    words = self.layouts(name).words
+    while rows := cursor.fetchmany(block_rows):
+        keys = np.frombuffer(b''.join(key for key, _ in rows), '>u8').reshape(-1, words)
+        yield keys.astype(np.uint64), narrow_counts(np.array([count for _, count in rows], np.uint64))
+
+
+@patch
+def close(self:SqliteStore): self._stack.close()
 
 # %% ../../nbs/groove/12_counts.ipynb #9cbf0159
 @patch

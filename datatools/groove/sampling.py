@@ -262,7 +262,7 @@ def build_feel(
     begin = np.searchsorted(drum * 256 + position, np.arange(128 * 256 + 1))
     return Feel(begin, velocity.astype(np.uint8), micro.astype(np.uint8), np.concatenate([[0.0], np.cumsum(counts, dtype=float)]))
 
-# %% ../../nbs/groove/14_sampling.ipynb #9d73f69a
+# %% ../../nbs/groove/14_sampling.ipynb #1e964bb2
 FEEL_SHARES = np.array([[0.08, 0.26, 0.22, 0.44],   # velocity: groove, drum, cell, hit
                         [0.14, 0.05, 0.14, 0.67]])  # micro-timing
 
@@ -290,7 +290,7 @@ def _at_quantile(feel, low, high, score):
     wanted = feel.running[low] + quantile * (feel.running[high] - feel.running[low])
     return min(max(low, _search(feel.running, low, high, wanted) - 1), high - 1)
 
-
+# %% ../../nbs/groove/14_sampling.ipynb #8b6fe84e
 @njit(cache=True)
 def sample_feel(feel, drum, position, starts, seeds):
     "Velocity 1..127 and micro-timing in steps, -0.5 up to 0.5, for each onset of grooves with a seed each"

@@ -42,7 +42,7 @@ class Trie(NamedTuple):
     placed: np.ndarray      # bool (experts,): whether its histories begin with the position in the bar
     weights: np.ndarray     # float64 (experts,): share of each expert, summing to 1
 
-# %% ../../nbs/groove/13_smoothing.ipynb #7f70763b
+# %% ../../nbs/groove/13_smoothing.ipynb #6aafb6dd
 class _Level(NamedTuple):
     "Distinct (history, token) pairs of one depth"
     history: np.ndarray  # int64: number of the history among those of this depth, ascending
@@ -63,7 +63,7 @@ def _histories(columns, start_token, first_token_column):
             repeats = repeats | ((columns[:, depth] == start_token) & (columns[:, depth - 1] == start_token))
         yield np.cumsum(change) - 1, repeats
 
-
+# %% ../../nbs/groove/13_smoothing.ipynb #90a8b70f
 def _levels(columns, counts, vocabulary, first_token_column):
     "The distinct pairs of every depth, with adjusted counts: those of Kneser–Ney, raw ones for the longest and for n-grams at the start"
     levels, longer = [], None
@@ -78,7 +78,7 @@ def _levels(columns, counts, vocabulary, first_token_column):
         longer = row
     return levels[::-1]
 
-# %% ../../nbs/groove/13_smoothing.ipynb #2b699a0a
+# %% ../../nbs/groove/13_smoothing.ipynb #ebf4f460
 @njit(cache=True)
 def _running(group, values):
     "Running sums that begin anew with each group of neighbours"
@@ -97,7 +97,7 @@ def _level_arrays(level, histories):
     backoff[total == 0] = 1.0
     return np.bincount(history, minlength=histories), backoff, token, _running(history, (count - discount) / total[history])
 
-
+# %% ../../nbs/groove/13_smoothing.ipynb #c3c969ad
 def build_trie(
     keys,                      # uint64 (rows, words): n-grams, newest token first, ascending
     counts,                    # unsigned integers (rows,)

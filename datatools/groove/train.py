@@ -40,7 +40,7 @@ from .model import (MODEL_KIND, GrooveModel, add_totals, as_events, check_mergea
     is_complete, shard_coverage, table_layout, write_model)
 from ..jobs import run_tasks
 
-# %% ../../nbs/groove/16_train.ipynb #0a0dd50b
+# %% ../../nbs/groove/16_train.ipynb #4488fdcf
 MIDI_SUFFIXES = ('.mid', '.midi')
 
 
@@ -65,41 +65,47 @@ class FileList:
         first = np.unique(codes, return_index=True)[1]
         self.duplicates = frozenset() if len(first) == len(codes) else frozenset(np.setdiff1d(np.arange(len(codes)), first).tolist())
 
-    @classmethod
-    def from_directory(cls,
-        directory,           # searched with everything below it
-        max_files:int=None,  # take only so many
-    ):                       # -> FileList
-        "All MIDI files below a directory; raises `UsageError` if it is not one"
-        if not os.path.isdir(directory): raise bad_value('LOOPS_DIR', str(directory), 'a directory', 'Use --from-filelist for a list of files.')
-        found = sorted(os.path.relpath(os.path.join(folder, name), directory)
-            for folder, _, names in os.walk(directory) for name in names if name.lower().endswith(MIDI_SUFFIXES))
-        return cls(found, directory, max_files)
+# %% ../../nbs/groove/16_train.ipynb #a68bbc9c
+@patch(cls_method=True)
+def from_directory(cls:FileList,
+    directory,           # searched with everything below it
+    max_files:int=None,  # take only so many
+):                       # -> FileList
+    "All MIDI files below a directory; raises `UsageError` if it is not one"
+    if not os.path.isdir(directory): raise bad_value('LOOPS_DIR', str(directory), 'a directory', 'Use --from-filelist for a list of files.')
+    found = sorted(os.path.relpath(os.path.join(folder, name), directory)
+        for folder, _, names in os.walk(directory) for name in names if name.lower().endswith(MIDI_SUFFIXES))
+    return cls(found, directory, max_files)
 
-    @classmethod
-    def from_file(cls,
-        source,              # a file with one name per line, or - for standard input
-        max_files:int=None,  # take only so many
-    ):                       # -> FileList
-        "A list of files; raises `UsageError` if it cannot be read"
-        if str(source) == '-': return cls(_names(sys.stdin.buffer), None, max_files)
-        try: file = open(source, 'rb')
-        except OSError as error: raise bad_value('--from-filelist', str(source), 'a readable file, or -', str(error)) from error
-        with file: return cls(_names(file), None, max_files)
 
-    def __len__(self): return self.count
+@patch(cls_method=True)
+def from_file(cls:FileList,
+    source,              # a file with one name per line, or - for standard input
+    max_files:int=None,  # take only so many
+):                       # -> FileList
+    "A list of files; raises `UsageError` if it cannot be read"
+    if str(source) == '-': return cls(_names(sys.stdin.buffer), None, max_files)
+    try: file = open(source, 'rb')
+    except OSError as error: raise bad_value('--from-filelist', str(source), 'a readable file, or -', str(error)) from error
+    with file: return cls(_names(file), None, max_files)
 
-    def items(self,
-        shard_index:int=0,  # k
-        num_shards:int=1,   # m
-        skip:int=0,         # pass over so many files of the shard
-    ):                      # yields (index in the list, path)
-        "The files of one shard, in order"
-        self._spool.seek(0)
-        for index, line in enumerate(self._spool):
-            if index % num_shards != shard_index or index // num_shards < skip: continue
-            name = os.fsdecode(line[:-1])
-            yield index, name if self.base is None else os.path.join(self.base, name)
+
+@patch
+def __len__(self:FileList): return self.count
+
+
+@patch
+def items(self:FileList,
+    shard_index:int=0,  # k
+    num_shards:int=1,   # m
+    skip:int=0,         # pass over so many files of the shard
+):                      # yields (index in the list, path)
+    "The files of one shard, in order"
+    self._spool.seek(0)
+    for index, line in enumerate(self._spool):
+        if index % num_shards != shard_index or index // num_shards < skip: continue
+        name = os.fsdecode(line[:-1])
+        yield index, name if self.base is None else os.path.join(self.base, name)
 
 
 def _names(lines):
@@ -138,7 +144,7 @@ class SkippedFile(Exception):
     "A file that is not counted, and why"
     def __init__(self, status, detail=''): self.status, self.detail = status, detail
 
-# %% ../../nbs/groove/16_train.ipynb #5aee805c
+# %% ../../nbs/groove/16_train.ipynb #0bae218b
 def read_bytes(
     path,         # a file
     least:int,    # smaller files are skipped
@@ -154,7 +160,7 @@ def read_bytes(
     except (FileNotFoundError, NotADirectoryError) as error: raise SkippedFile(Skip.missing, str(error)) from error
     except (OSError, ValueError) as error: raise SkippedFile(Skip.unreadable, str(error)) from error
 
-
+# %% ../../nbs/groove/16_train.ipynb #d39f6c61
 def metadata_value(
     path,      # of a MIDI file
     key:str,   # wanted
@@ -437,7 +443,7 @@ def _finished(output, config, coverage):
     except FormatError: return None
     return model if model.config == config and model.coverage == coverage else None
 
-# %% ../../nbs/groove/16_train.ipynb #f99368c1
+# %% ../../nbs/groove/16_train.ipynb #bef19218
 def train_model(
     files:FileList,          # the corpus
     output,                  # model file to write
@@ -470,7 +476,7 @@ def train_model(
         checkpoint.unlink(missing_ok=True)
     return _summary(run, output, state.totals, start, state.processed - before)
 
-
+# %% ../../nbs/groove/16_train.ipynb #94dc26c5
 def _finish(output, config, coverage, run, store, state, files):
     "Write the skip report, the model, and the shards of a memmap store; then let the runs go"
     write_skip_report(skip_report_path(output), files, run.shard_index, run.num_shards, state.statuses)
