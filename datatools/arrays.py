@@ -20,7 +20,7 @@ from fastcore.basics import patch
 
 from .core import FormatError, atomic_write, bad_value, canonical_json, human_bytes
 
-# %% ../nbs/03_arrays.ipynb #a794b972
+# %% ../nbs/03_arrays.ipynb #dfabf8c2
 MAGIC, VERSION, HEAD = b'DTARRAYS', 1, struct.Struct('<8sIIQQ32x')
 ALIGNMENT = 64
 BLOCK_BYTES = 1 << 22  # copied at a time
@@ -34,7 +34,7 @@ def narrow_counts(
     fits = counts.dtype == np.uint32 or not len(counts) or int(counts.max()) < 2**32
     return counts.astype(np.uint32 if fits else np.uint64, copy=False)
 
-
+# %% ../nbs/03_arrays.ipynb #bbe60288
 class _Column:
     "One growing array in a temporary file in `directory`"
     def __init__(self, directory, name):

@@ -97,7 +97,7 @@ def _level_arrays(level, histories):
     backoff[total == 0] = 1.0
     return np.bincount(history, minlength=histories), backoff, token, _running(history, (count - discount) / total[history])
 
-# %% ../../nbs/groove/13_smoothing.ipynb #c3c969ad
+# %% ../../nbs/groove/13_smoothing.ipynb #3bc09bec
 def build_trie(
     keys,                      # uint64 (rows, words): n-grams, newest token first, ascending
     counts,                    # unsigned integers (rows,)
@@ -112,7 +112,7 @@ def build_trie(
         columns, counts = columns[by_history], counts[by_history]
     return _assemble(columns, np.asarray(counts, np.int64), vocabulary, 2 if placed else 1, placed)
 
-
+# %% ../../nbs/groove/13_smoothing.ipynb #5b606632
 def _int32(numbers):
     "Places in flat arrays, narrow to stay in the cache"
     if numbers[-1] >= 2**31: raise DatatoolsError(f'The model has {numbers[-1]:,} nodes or successors; 2,147,483,647 is the most. Train with a lower --order.')

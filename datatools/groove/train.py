@@ -194,7 +194,7 @@ def read_aux_csv(
         folder = os.path.dirname(os.path.abspath(path))
         return {os.path.normpath(os.path.join(folder, row[names[0]])): row[key] for row in reader if row[key]}
 
-# %% ../../nbs/groove/16_train.ipynb #922dd4ea
+# %% ../../nbs/groove/16_train.ipynb #6560e1ac
 BATCH_FILES, BATCH_ONSETS = 256, 1 << 16  # a batch ends at either
 
 
@@ -220,7 +220,7 @@ def _read_file(path, is_duplicate, config, table):
 
 _UNMAPPED = drum_lookup('9')[0] == UNMAPPED
 
-
+# %% ../../nbs/groove/16_train.ipynb #21a7ec16
 def count_files(
     files,                # list of (path, is duplicate)
     config:GrooveConfig,  # what is counted
@@ -418,7 +418,7 @@ def _count_all(files, config, run, table, store, state, checkpoint):
     finally:
         if run.gc_every: gc.enable()
 
-# %% ../../nbs/groove/16_train.ipynb #ce6006a6
+# %% ../../nbs/groove/16_train.ipynb #230c0e35
 def _begin(run, config, files, facts, checkpoint, store):
     "The progress to start from"
     source = run.resume_from or (checkpoint if checkpoint.exists() else None)
@@ -436,14 +436,14 @@ def _begin(run, config, files, facts, checkpoint, store):
     store.restore({}, {})
     return Progress(facts)
 
-
+# %% ../../nbs/groove/16_train.ipynb #1c68d428
 def _finished(output, config, coverage):
     "The model at `output` if it is the one this run would make, else None"
     try: model = GrooveModel.load(output)
     except FormatError: return None
     return model if model.config == config and model.coverage == coverage else None
 
-# %% ../../nbs/groove/16_train.ipynb #bef19218
+
 def train_model(
     files:FileList,          # the corpus
     output,                  # model file to write
