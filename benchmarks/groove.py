@@ -54,7 +54,7 @@ from datatools.groove.counts import KeyLayout, MemoryStore, Tally, fold_order, n
 from datatools.groove.events import GrooveConfig
 from datatools.groove.model import GrooveModel, as_events, table_layout
 from datatools.groove.smoothing import build_trie, forecast, join, score_tokens
-from datatools.groove.train import BATCH_ONSETS, FileList, Run, count_files, merge_files, train
+from datatools.groove.train import BATCH_ONSETS, FileList, Run, count_files, merge_files, train_model
 
 DATA = ROOT.parent / 'shared/data/groove_midi'
 
@@ -345,9 +345,164 @@ def _sample_nltk(corpus, quick, ours):
     return [Row('sampling, order 4, tokens alone', 'nltk MLE(4).generate', seconds.rates(amount), 'onsets/s', ours=ours.median)]
 
 
+# ---------------------------------------------------------------- memory
+
+def midi_bytes(tick, pitch, velocity, starts):
+    "Type-0 MIDI files of 480 ticks a beat, one per groove: onsets sorted by tick, every note one tick long"
+    groove = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+    owner, time_, is_on = np.tile(groove, 2), np.concatenate([tick, tick + 1]), np.repeat([1, 0], len(tick))
+    order = np.argsort((owner * (int(time_.max()) + 1) + time_) * 2 + is_on, kind='stable')
+    owner, time_ = owner[order], time_[order]
+    delta = np.diff(time_, prepend=0)
+    delta[np.searchsorted(owner, np.arange(len(starts) - 1))] = time_[np.searchsorted(owner, np.arange(len(starts) - 1))]
+    delta = np.minimum(delta, 128 * 128 - 1)
+    long = delta > 127
+    at = np.concatenate([[0], np.cumsum(3 + long)])
+    data = np.zeros(at[-1], np.uint8)
+    data[at[:-1][long]] = 128 + delta[long] // 128
+    data[at[:-1] + long] = delta % 128
+    data[at[:-1] + long + 1] = np.tile(pitch, 2)[order]
+    data[at[:-1] + long + 2] = np.concatenate([velocity, np.zeros_like(velocity)])[order]
+    for begin, end in zip(at[2 * starts[:-1]], at[2 * starts[1:]]):
+        body = data[begin:end].tobytes()
+        body = body[:1 + (body[0] > 127)] + b'\x99' + body[1 + (body[0] > 127):] + b'\x00\xff\x2f\x00'  # running status from the first event on
+        yield b'MThd\x00\x00\x00\x06\x00\x00\x00\x01\x01\xe0MTrk' + len(body).to_bytes(4, 'big') + body
+
+
+def write_endless(model, folder, onsets, bars=512, at_once=64):
+    "Files of about 10,000 onsets, drawn from the model with all novelty, until there are so many onsets"
+    folder.mkdir()
+    written, files, config = 0, 0, model.config
+    while written < onsets:
+        grooves = model.generate(bars, at_once, seed=files, novelty=1.0, recall=False)
+        groove = np.repeat(np.arange(at_once), np.diff(grooves.starts))
+        order = np.lexsort((grooves.tick, groove))
+        for data in midi_bytes(grooves.tick[order], grooves.pitch[order], grooves.velocity[order], grooves.starts):
+            (folder / f'{files:06d}.mid').write_bytes(data)
+            files += 1
+        written += len(grooves.token)
+        if files % (at_once * 32) == 0: say(f'memory: {written / 1e6:.0f} million onsets written')
+    return written / files
+
+
+def watched(arguments, folder):
+    "Run a command: (its output as JSON, seconds, high-water mark of its resident memory in bytes, of the folder's size)"
+    start, resident, disk = time.perf_counter(), 0, 0
+    with tempfile.TemporaryFile('w+') as out, subprocess.Popen([sys.executable, '-m', 'datatools.groove', *map(str, arguments)], cwd=ROOT, stdout=out) as process:
+        while process.poll() is None:
+            try: marks = [int(line.split()[1]) * 1024 for line in Path(f'/proc/{process.pid}/status').read_text().splitlines() if line.startswith('VmHWM')]
+            except OSError: marks = []
+            resident, disk = max([resident, *marks]), max(disk, size_of(folder))
+            time.sleep(0.1)
+        if process.returncode: raise SystemExit(f'groove {" ".join(map(str, arguments))} failed')
+        out.seek(0)
+        return json.loads(out.read()), time.perf_counter() - start, resident, disk
+
+
+def size_of(folder):
+    "Bytes of all files below a folder, some of which may vanish"
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try: total += os.stat(os.path.join(place, name)).st_blocks * 512
+            except FileNotFoundError: continue
+    return total
+
+
+def memory(corpus, quick):
+    "Peak resident memory over corpora of growing size"
+    sizes = [2_000_000, 8_000_000] if quick else [12_500_000, 50_000_000, 200_000_000]
+    place, rows, marks = Path(tempfile.mkdtemp(prefix='groove-memory-')), [], []
+    try:
+        free = shutil.disk_usage(place).free
+        sizes = [size for size in sizes if size * 150 < free] or say(f'memory: {free >> 30} GiB free in {place} are too little') or []
+        if not sizes: return []
+        per_file = write_endless(GrooveModel(GrooveConfig()).fit(corpus.split['train']), place / 'files', sizes[-1])
+        for size in sizes:
+            work = place / 'work'
+            facts, seconds, resident, disk = watched(['train', place / 'files', '-o', work / 'a.model', '--train-mode', 'stream', '--store', 'memmap', '--max-ram-mb', 384,
+                '--max-files', round(size / per_file), '--mem-stats', '--json', '--no-progress', '--log-every', 0], work)
+            distinct = GrooveModel.load(work / 'a.model').info()['rows']['ngram']
+            shutil.rmtree(work)
+            resident = max(resident, facts['peak_rss_bytes'])
+            marks.append(resident)
+            measure = f'memory, {facts["onsets"] / 1e6:.1f} M onsets in {facts["kept"]:,} files, {distinct / 1e6:.1f} M distinct 8-grams, --store memmap --max-ram-mb 384'
+            rows += [Row(measure, 'peak resident memory', [resident / 2**20], 'MiB', target='≤ 512', met=resident <= 512 << 20),
+                Row(measure, 'speed, start and end included', [facts['onsets'] / seconds], 'onsets/s', note=f'{seconds:.0f} s'), Row(measure, 'peak disk', [disk / 2**20], 'MiB')]
+        rows.append(Row(rows[-1].measure, 'peak memory, largest corpus : smallest', [marks[-1] / marks[0]], '', target='flat: ≤ 1.2', met=marks[-1] <= 1.2 * marks[0]))
+    finally: shutil.rmtree(place)
+    return rows
+
+
+# ---------------------------------------------------------------- kills and merges
+
+def apart(work, patience=None):
+    "Do `work` in a forked process, killed after `patience` seconds if it takes longer; whether it ended by itself"
+    process = multiprocessing.get_context('fork').Process(target=work)
+    process.start()
+    process.join(patience)
+    if process.is_alive(): os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    if process.exitcode not in (0, -signal.SIGKILL): raise SystemExit(f'training failed with exit code {process.exitcode}')
+    return process.exitcode == 0
+
+
+def digest(model): return hashlib.sha256(model.read_bytes() + Path(f'{model}.skipped.jsonl').read_bytes()).hexdigest()
+
+
+def kills(corpus, quick):
+    "Killed, resumed, merged: how many end in the same bytes"
+    place, chance, rows = Path(tempfile.mkdtemp(prefix='groove-kills-')), random.Random(1), []
+    config, files = GrooveConfig(order=4), FileList(corpus.files)
+    try:
+        start = time.perf_counter()
+        train_model(files, place / 'whole.model', config, Run(show_progress=False))
+        whole, seconds = digest(place / 'whole.model'), time.perf_counter() - start
+        for store in ('memory', 'memmap', 'sqlite'): rows.append(_killed(store, files, config, place, whole, chance, 4 if quick else 25))
+        rows.append(_merged(files, config, place, whole, chance, 3 if quick else 12))
+    finally: shutil.rmtree(place)
+    return rows
+
+
+def _killed(store, files, config, place, whole, chance, times):
+    "One to three kills per run, anywhere from its first file to the last byte of its model"
+    same = killed = 0
+    whole_seconds = 0.0
+    for n in range(times + 1):
+        work = place / f'{store}-{n}'
+        output = work / 'a.model'
+        def job(): train_model(files, output, config, Run(store=store, memmap_dir=work / 'counts', db_path=work / 'counts.sqlite', save_every=100, show_progress=False, resume=True))
+        start = time.perf_counter()
+        for _ in range(chance.randint(1, 3) if n else 0):
+            if apart(job, chance.uniform(0, whole_seconds)): break
+            killed += 1
+        apart(job)
+        if n == 0: whole_seconds = time.perf_counter() - start  # the first is not killed
+        else: same += digest(output) == whole
+        shutil.rmtree(work)
+    return Row('SIGKILL at random moments, then --resume: same sha256 as the uninterrupted run', f'{store} store', [same], f'of {times}', target=f'{times}', met=same == times, note=f'{killed} kills in runs of {whole_seconds:.1f} s')
+
+
+def _merged(files, config, place, whole, chance, times):
+    "Random numbers of shards, merged in random groups"
+    same = 0
+    for n in range(times):
+        work, shards = place / f'merge-{n}', chance.randint(2, 9)
+        parts = [work / f'{k}.model' for k in range(shards)]
+        for k, part in enumerate(parts): train_model(files, part, config, Run(shard_index=k, num_shards=shards, show_progress=False))
+        while len(parts) > 1:
+            chance.shuffle(parts)
+            group, parts = parts[:(size := chance.randint(2, min(4, len(parts))))], parts[size:]
+            parts.append(work / f'{"-".join(part.stem for part in group)}.model')
+            merge_files(group, parts[-1])
+        same += digest(parts[0]) == whole
+        shutil.rmtree(work)
+    return Row('random shards, merged in random order and nesting: same sha256 as the single run', 'merge', [same], f'of {times}', target=f'{times}', met=same == times)
+
+
 # ---------------------------------------------------------------- command line
 
-MEASURES = dict(counting=counting, files=files, bits=bits, sampling=sampling)
+MEASURES = dict(counting=counting, files=files, bits=bits, sampling=sampling, memory=memory, kills=kills)
 
 
 def main():
