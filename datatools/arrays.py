@@ -6,7 +6,7 @@
 __all__ = ['MAGIC', 'VERSION', 'HEAD', 'ALIGNMENT', 'BLOCK_BYTES', 'narrow_counts', 'ArrayWriter', 'array_writer', 'write_arrays',
            'ArrayFile']
 
-# %% ../nbs/03_arrays.ipynb #cb38d35d
+# %% ../nbs/03_arrays.ipynb #080fdf77
 import json
 import math
 import struct
@@ -18,7 +18,7 @@ from tempfile import TemporaryFile
 import numpy as np
 from fastcore.basics import patch
 
-from .core import FormatError, atomic_write, bad_value, canonical_json, human_bytes
+from .core import FormatError, atomic_write, bad_value, canonical_json
 
 # %% ../nbs/03_arrays.ipynb #dfabf8c2
 MAGIC, VERSION, HEAD = b'DTARRAYS', 1, struct.Struct('<8sIIQQ32x')

@@ -6,9 +6,8 @@
 __all__ = ['SCHEMA_VERSION', 'KeyLayout', 'ngram_keys', 'sort_order', 'merge_runs', 'Tally', 'merge_blocks', 'fold_order',
            'fold_blocks', 'MemoryStore', 'MemmapStore', 'write_order_shards', 'read_order_shards', 'SqliteStore']
 
-# %% ../../nbs/groove/12_counts.ipynb #d3113018
+# %% ../../nbs/groove/12_counts.ipynb #877b7274
 import json
-import os
 import sqlite3
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from fastcore.basics import patch
 from numba import njit
 
 from ..arrays import ArrayFile, array_writer, narrow_counts, write_arrays
-from ..core import DatatoolsError, FormatError, MemoryLimitError, bad_value, check_same_config, clean_temporaries, file_lock, human_bytes, read_json, write_json
+from ..core import DatatoolsError, FormatError, MemoryLimitError, bad_value, clean_temporaries, file_lock, human_bytes, read_json, write_json
 
 # %% ../../nbs/groove/12_counts.ipynb #34f9df90
 @dataclass(frozen=True)

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['FAULT', 'NOTE', 'TEMPO', 'SIGNATURE', 'Fault', 'MidiFault', 'scan_midi', 'DrumPart', 'read_drums', 'write_drums']
 
-# %% ../../nbs/groove/10_midi.ipynb #240626f4
+# %% ../../nbs/groove/10_midi.ipynb #9cdce377
 from collections import namedtuple
 from enum import IntEnum
-from io import BytesIO
 from typing import NamedTuple
 
 import mido

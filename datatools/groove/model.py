@@ -7,9 +7,8 @@ __all__ = ['MODEL_KIND', 'MODEL_VERSION', 'EXPERT_WEIGHTS', 'STYLE_WEIGHT', 'TIC
            'shard_coverage', 'merge_coverage', 'is_complete', 'empty_totals', 'add_totals', 'write_model',
            'GrooveModel', 'as_events', 'check_mergeable', 'Grooves']
 
-# %% ../../nbs/groove/15_model.ipynb #8fd6435c
+# %% ../../nbs/groove/15_model.ipynb #aea6a874
 import math
-from functools import cached_property
 from html import escape
 from pathlib import Path
 
@@ -18,9 +17,9 @@ from fastcore.basics import chunked, patch
 
 from ..arrays import ArrayFile, array_writer, narrow_counts
 from ..core import FormatError, MismatchError, bad_value, check_same_config, human_bytes, seed_for
-from .counts import KeyLayout, MemoryStore, merge_blocks, merge_runs, ngram_keys
-from .events import DRUM_CLASSES, Events, GrooveConfig, drum_lookup, tokenise
-from .midi import DrumPart, read_drums, write_drums
+from .counts import KeyLayout, MemoryStore, merge_runs, ngram_keys
+from .events import Events, GrooveConfig, drum_lookup, tokenise
+from .midi import DrumPart, read_drums
 from .sampling import FEEL_LAYOUT, build_feel, counter_seeds, sample_feel, sample_tokens
 from .smoothing import build_trie, join, score_tokens, sharpen
 

@@ -6,14 +6,14 @@
 __all__ = ['FALLBACK_DISCOUNTS', 'RECALL_LENGTHS', 'RECALL_STRENGTH', 'modified_discounts', 'Trie', 'build_trie', 'forecast',
            'join', 'sharpen', 'score_tokens']
 
-# %% ../../nbs/groove/13_smoothing.ipynb #2d0b6e46
+# %% ../../nbs/groove/13_smoothing.ipynb #123e2403
 from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
 from ..core import DatatoolsError
-from .counts import KeyLayout, ngram_keys, sort_order
+from .counts import KeyLayout, sort_order
 
 # %% ../../nbs/groove/13_smoothing.ipynb #9c4f29dc
 FALLBACK_DISCOUNTS = np.array([0.0, 0.5, 1.0, 1.5])

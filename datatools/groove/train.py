@@ -9,7 +9,7 @@ __all__ = ['MIDI_SUFFIXES', 'KEPT', 'LARGEST_FILE', 'BATCH_FILES', 'BATCH_ONSETS
            'train_model', 'skip_report_path', 'write_skip_report', 'merge_skip_reports', 'open_part', 'merge_files',
            'auto_resolution']
 
-# %% ../../nbs/groove/16_train.ipynb #34329e65
+# %% ../../nbs/groove/16_train.ipynb #e276d043
 import csv
 import gc
 import hashlib
@@ -19,7 +19,7 @@ import os
 import stat
 import sys
 import time
-from collections import Counter
+from array import array
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -31,16 +31,16 @@ import yaml
 from fastcore.basics import patch
 
 from ..arrays import ArrayFile, write_arrays
-from ..core import (FormatError, MismatchError, UsageError, atomic_write, bad_value, check_same_config, clean_temporaries,
+from ..core import (FormatError, MismatchError, atomic_write, bad_value, check_same_config, clean_temporaries,
     file_lock, hash_file, human_bytes, peak_rss_bytes, progress, rss_bytes)
 from .counts import MemmapStore, MemoryStore, SqliteStore, merge_blocks
 from .events import GrooveConfig, choose_resolution, tokenise, UNMAPPED, drum_lookup
 from .midi import Fault, MidiFault, read_drums
-from .model import (MODEL_KIND, GrooveModel, add_totals, as_events, check_mergeable, count_events, empty_totals,
+from .model import (MODEL_KIND, GrooveModel, add_totals, check_mergeable, count_events, empty_totals,
     is_complete, shard_coverage, table_layout, write_model)
 from ..jobs import run_tasks
 
-# %% ../../nbs/groove/16_train.ipynb #4488fdcf
+# %% ../../nbs/groove/16_train.ipynb #f3533de1
 MIDI_SUFFIXES = ('.mid', '.midi')
 
 
@@ -52,7 +52,7 @@ class FileList:
         max_files:int=None,  # take only so many
     ):
         self.base, self._spool, self.count = base, TemporaryFile(), 0
-        digest, codes = hashlib.sha256(), []
+        digest, codes = hashlib.sha256(), array('Q')
         for name in lines:
             if max_files is not None and self.count >= max_files: break
             line = os.fsencode(name) + b'\n'
@@ -61,7 +61,7 @@ class FileList:
             self._spool.write(line)
             self.count += 1
         self.hash = digest.hexdigest()
-        codes = np.array(codes, np.uint64)
+        codes = np.frombuffer(codes, np.uint64)
         first = np.unique(codes, return_index=True)[1]
         self.duplicates = frozenset() if len(first) == len(codes) else frozenset(np.setdiff1d(np.arange(len(codes)), first).tolist())
 
