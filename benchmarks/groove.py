@@ -216,11 +216,12 @@ def files(corpus, quick):
 # ---------------------------------------------------------------- bits per onset
 
 @njit
-def _plain_scores(trie, token, starts, start_token, out):
+def plain_scores(trie, token, starts, start_token):
     "log10 of every token by the experts, no token excluded"
-    path = np.empty(64, np.int64)
+    path, out = np.empty(64, np.int64), np.empty(len(token))
     for file in range(len(starts) - 1):
         for i in range(starts[file], starts[file + 1]): out[i] = np.log10(forecast(trie, token, starts[file], i, 0, start_token, np.int64(-1), np.int64(token[i]), path))
+    return out
 
 
 def bits(corpus, quick):
@@ -251,8 +252,7 @@ def _bits_with(corpus, place, least, quick):
     variants = {'  n-grams alone': (tries['ngram'], False), '  n-grams with position alone': (tries['position'], False), '  both': (model.experts(), False), '  n-grams, recall': (tries['ngram'], True)}
     for name, (trie, recall) in variants.items():
         rows.append(Row(measure, name, [-score_tokens(trie, token, position, starts, vocabulary, classes, recall).mean()], 'bits'))
-    plain = np.empty(len(token))
-    _plain_scores(tries['ngram'], token, starts, vocabulary, plain)
+    plain = plain_scores(tries['ngram'], token, starts, vocabulary)
     rows.append(Row(measure, '  n-grams alone, order of simultaneous hits ignored', [-plain.mean() / np.log10(2)], 'bits'))
     rows += _bits_kenlm(measure, place, model, training, token, starts, plain, quick)
     return rows + (_bits_nltk(measure, training, token, starts, quick) if find_spec('nltk') else [])
@@ -420,6 +420,7 @@ def memory(corpus, quick):
         per_file = write_endless(GrooveModel(GrooveConfig()).fit(corpus.split['train']), place / 'files', sizes[-1])
         for size in sizes:
             work = place / 'work'
+            say(f'memory: training on {size / 1e6:g} million onsets')
             facts, seconds, resident, disk = watched(['train', place / 'files', '-o', work / 'a.model', '--train-mode', 'stream', '--store', 'memmap', '--max-ram-mb', 384,
                 '--max-files', round(size / per_file), '--mem-stats', '--json', '--no-progress', '--log-every', 0], work)
             distinct = GrooveModel.load(work / 'a.model').info()['rows']['ngram']
