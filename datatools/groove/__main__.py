@@ -170,7 +170,7 @@ def as_json_groove(grooves, index):
     hits = [dict(tick=tick, pitch=pitch, velocity=velocity) for tick, pitch, velocity in zip(part.tick.tolist(), part.pitch.tolist(), part.velocity.tolist())]
     return dict(index=index, tempo=part.tempo, ticks_per_beat=part.ticks_per_beat, hits=hits)
 
-# %% ../../nbs/groove/19_main.ipynb #7755a87e
+# %% ../../nbs/groove/19_main.ipynb #a94ade1d
 @app.command('sample')
 def sample_command(
     model:Annotated[Path, typer.Argument(help='Model file.')],
@@ -189,7 +189,7 @@ def sample_command(
 ):
     "Sample grooves with velocity and micro-timing."
     with clear_errors():
-        grooves = GrooveModel.load(model).generate(bars, count, seed, cond_style, cond_velocity, temperature, temperature_end, top_k, top_p, novelty)
+        grooves = GrooveModel.load(model, verify=True).generate(bars, count, seed, cond_style, cond_velocity, temperature, temperature_end, top_k, top_p, novelty)
         for index in range(count):
             if out_midi is not None:
                 write_drums(path := numbered(out_midi, index, count), grooves[index])
@@ -197,7 +197,7 @@ def sample_command(
             if print_json: typer.echo(json.dumps(as_json_groove(grooves, index)))
             if out_midi is None and not print_json: typer.echo('\n'.join(draw(grooves, index)) + '\n')
 
-# %% ../../nbs/groove/19_main.ipynb #43d20f33
+# %% ../../nbs/groove/19_main.ipynb #7c873281
 def readable(files, config, skipped, show_bar=None):
     "The performances of a list that can be read, however small; the number of others, by reason, goes into `skipped`"
     for _, path in progress(files.items(), total=len(files), desc='eval', show=show_bar, unit='file'):
@@ -220,11 +220,11 @@ def eval_command(
 ):
     "How well a model foresees grooves it has not seen: bits_per_onset, bits_per_bar, impossible_share."
     with clear_errors():
-        trained, skipped = GrooveModel.load(model), {}
+        trained, skipped = GrooveModel.load(model, verify=True), {}
         figures = trained.evaluate(readable(open_list(loops_dir, from_filelist), trained.config, skipped, show_progress))
         show(dict(figures, skipped=skipped), as_json)
 
-# %% ../../nbs/groove/19_main.ipynb #15e58c00
+# %% ../../nbs/groove/19_main.ipynb #0c3678ba
 @app.command('info')
 def info_command(
     model:Annotated[Path, typer.Argument(help='Model file.')],
@@ -232,7 +232,7 @@ def info_command(
 ):
     "What a model was trained on, and with which configuration."
     with clear_errors():
-        facts = GrooveModel.load(model).info()
+        facts = GrooveModel.load(model, verify=True).info()
         if not as_json:
             totals, coverage = facts.pop('totals'), facts.pop('coverage')
             facts = dict(facts, **totals, styles=', '.join(facts['styles']) or 'none', lists=len(coverage))
@@ -263,13 +263,13 @@ def stats_command(
 ):
     "Drums, distinct n-grams and discounts per order."
     with clear_errors():
-        facts = model_stats(GrooveModel.load(model))
+        facts = model_stats(GrooveModel.load(model, verify=True))
         if as_json: return show(facts, True)
         show({key: facts[key] for key in ('onsets', 'simultaneous_share', 'drums')}, False)
         typer.echo(f'\n{"order":>5} {"distinct":>12} {"seen once":>12}  discounts (1, 2, 3 and more)')
         for order, row in facts['orders'].items(): typer.echo(f'{order:>5} {row["distinct"]:>12,} {row["once"]:>12,}  {row["discounts"]}')
 
-# %% ../../nbs/groove/19_main.ipynb #68f8954f
+# %% ../../nbs/groove/19_main.ipynb #c44747d2
 @app.command('export')
 def export_command(
     model:Annotated[Path, typer.Argument(help='Model file.')],
@@ -277,7 +277,7 @@ def export_command(
 ):
     "Write the n-gram model for other language-model tools."
     with clear_errors():
-        counts = write_arpa(GrooveModel.load(model), arpa)
+        counts = write_arpa(GrooveModel.load(model, verify=True), arpa)
         show(dict(output=str(arpa), ngrams={f'order {order}': count for order, count in counts.items()}), False)
 
 # %% ../../nbs/groove/19_main.ipynb #810fbab1

@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA_VERSION', 'KeyLayout', 'ngram_keys', 'sort_order', 'merge_runs', 'Tally', 'merge_blocks', 'fold_order',
            'fold_blocks', 'MemoryStore', 'MemmapStore', 'write_order_shards', 'read_order_shards', 'SqliteStore']
 
-# %% ../../nbs/groove/12_counts.ipynb #877b7274
+# %% ../../nbs/groove/12_counts.ipynb #228fc39d
 import json
 import sqlite3
 from contextlib import ExitStack, contextmanager
@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from numba import njit
 
 from ..arrays import ArrayFile, array_writer, narrow_counts, write_arrays
-from ..core import DatatoolsError, FormatError, MemoryLimitError, bad_value, clean_temporaries, file_lock, human_bytes, read_json, write_json
+from ..core import DatatoolsError, FormatError, MemoryLimitError, bad_value, check_same_config, clean_temporaries, file_lock, human_bytes, read_json, write_json
 
 # %% ../../nbs/groove/12_counts.ipynb #34f9df90
 @dataclass(frozen=True)
@@ -457,7 +457,7 @@ def _merged(self:MemmapStore, files):
 @patch
 def close(self:MemmapStore): self._stack.close()
 
-# %% ../../nbs/groove/12_counts.ipynb #8a2310c6
+# %% ../../nbs/groove/12_counts.ipynb #71550568
 @patch
 def state(self:MemmapStore, progress):
     "(facts, arrays) for a checkpoint: everything is spilled, then named"
@@ -470,10 +470,11 @@ def restore(self:MemmapStore, facts, arrays):
     "Take up the state of a checkpoint; run files that it does not name were written after it and are deleted"
     self.files = {name: [tuple(entry) for entry in files] for name, files in facts.get('runs', {}).items()}
     self.number = facts.get('number', 0)
-    for name, files in self.files.items():
+    for files in self.files.values():
         for file, rows in files:
             run = ArrayFile(self.directory/'runs'/file, 'count run')
-            if len(run.rows('counts', 0, rows + 1)) != rows: raise FormatError(f'{run.path} does not have the {rows} rows that the checkpoint says.')
+            run.verify()
+            if len(run['counts']) != rows: raise FormatError(f'{run.path} does not have the {rows} rows that the checkpoint says.')
     self.settle()
 
 
@@ -538,6 +539,15 @@ def write_shards(self:MemmapStore,
     write_json(self.directory/'meta.json', meta)
     return meta
 
+# %% ../../nbs/groove/12_counts.ipynb #0fac2321
+@patch
+def claim(self:MemmapStore,
+    facts:dict,  # what the run is
+):
+    "Write down whose directory this is; raises `MismatchError` if it is another run's"
+    if (self.directory/'owner.json').exists(): check_same_config(self.directory, read_json(self.directory/'owner.json'), facts)
+    else: write_json(self.directory/'owner.json', facts)
+
 # %% ../../nbs/groove/12_counts.ipynb #2f6d6907
 @patch
 def clear(self:MemmapStore):
@@ -589,7 +599,7 @@ class SqliteStore(MemoryStore):
             self.close()
             raise FormatError(f'{path} cannot be used as a database: {error}. Give another --db-path.') from error
 
-# %% ../../nbs/groove/12_counts.ipynb #a2aea072
+# %% ../../nbs/groove/12_counts.ipynb #90a8c65b
 @patch
 def _make_room(self:SqliteStore):
     if self.bytes > self.memory_bytes: self.spill()
@@ -610,13 +620,18 @@ def spill(self:SqliteStore):
     with self._explained(): self._upsert()
 
 
+def _table(name):
+    "The name in the database: hexadecimal, because SQLite takes `Funk` and `funk` for the same"
+    return f'counts_{name.encode().hex()}'
+
+
 @patch
 def _upsert(self:SqliteStore):
     if not self.connection.in_transaction: self.connection.execute('BEGIN IMMEDIATE')
     tallies, self.tallies = self.tallies, {}
     for name, tally in sorted(tallies.items()):
         keys, counts = tally.take()
-        table = '"' + name.replace('"', '""') + '"'
+        table = _table(name)
         self.connection.execute(f'CREATE TABLE IF NOT EXISTS {table} (key BLOB PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID')
         width = 8 * keys.shape[1]
         blob = keys.astype('>u8').tobytes()
@@ -626,14 +641,14 @@ def _upsert(self:SqliteStore):
 
 @patch
 def names(self:SqliteStore):
-    tables = self.connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name <> 'progress'")
-    return sorted({*self.tallies, *(name for name, in tables)})
+    tables = self.connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE 'counts_%'")
+    return sorted({*self.tallies, *(bytes.fromhex(name.removeprefix('counts_')).decode() for name, in tables)})
 
 
 @patch
 def blocks(self:SqliteStore, name, block_rows=1 << 16):
     self.spill()
-    cursor = self.connection.execute('SELECT key, count FROM "{}" ORDER BY key'.format(name.replace('"', '""')))
+    cursor = self.connection.execute(f'SELECT key, count FROM {_table(name)} ORDER BY key')
     words = self.layouts(name).words
     while rows := cursor.fetchmany(block_rows):
         keys = np.frombuffer(b''.join(key for key, _ in rows), '>u8').reshape(-1, words)

@@ -41,7 +41,7 @@ def drum_lookup(
     for index, (_, _, keys) in enumerate(DRUM_CLASSES): to_class[list(keys)] = index
     return to_class, np.array([key for _, key, _ in DRUM_CLASSES], np.uint8)
 
-# %% ../../nbs/groove/11_events.ipynb #1995be26
+# %% ../../nbs/groove/11_events.ipynb #f09303d8
 @dataclass(frozen=True)
 class GrooveConfig:
     "What is counted; two models can be merged if their configurations are equal"
@@ -52,6 +52,7 @@ class GrooveConfig:
     min_bytes: int = 800      # smaller files are skipped
     min_notes: int = 8        # files with fewer drum onsets are skipped
     aux_key: str | None = None  # metadata key, e.g. 'style': count per value of it as well
+    aux_csv: str | None = None  # SHA-256 of the metadata table, filled in by training; None: the .meta.yaml beside each file
     parser: str = 'scan 1, events 1'  # versions of what reads the files and of what makes the tokens
 
     def __post_init__(self):

@@ -9,7 +9,7 @@ __all__ = ['MIDI_SUFFIXES', 'KEPT', 'LARGEST_FILE', 'BATCH_FILES', 'BATCH_ONSETS
            'train_model', 'skip_report_path', 'write_skip_report', 'merge_skip_reports', 'open_part', 'merge_files',
            'auto_resolution']
 
-# %% ../../nbs/groove/16_train.ipynb #e276d043
+# %% ../../nbs/groove/16_train.ipynb #0bc39781
 import csv
 import gc
 import hashlib
@@ -32,7 +32,7 @@ from fastcore.basics import patch
 
 from ..arrays import ArrayFile, write_arrays
 from ..core import (FormatError, MismatchError, atomic_write, bad_value, check_same_config, clean_temporaries,
-    file_lock, hash_file, human_bytes, peak_rss_bytes, progress, rss_bytes)
+    file_lock, hash_file, human_bytes, peak_rss_bytes, progress, read_json, rss_bytes, write_json)
 from .counts import MemmapStore, MemoryStore, SqliteStore, merge_blocks
 from .events import GrooveConfig, choose_resolution, tokenise, UNMAPPED, drum_lookup
 from .midi import Fault, MidiFault, read_drums
@@ -418,7 +418,7 @@ def _count_all(files, config, run, table, store, state, checkpoint):
     finally:
         if run.gc_every: gc.enable()
 
-# %% ../../nbs/groove/16_train.ipynb #230c0e35
+# %% ../../nbs/groove/16_train.ipynb #e6478124
 def _begin(run, config, files, facts, checkpoint, store):
     "The progress to start from"
     source = run.resume_from or (checkpoint if checkpoint.exists() else None)
@@ -428,6 +428,7 @@ def _begin(run, config, files, facts, checkpoint, store):
         where = checkpoint if checkpoint.exists() else getattr(store, 'directory', None) or getattr(store, 'path', None)
         if checkpoint.exists() or left or (store.kind == 'memmap' and (store.directory/'meta.json').exists()):
             raise bad_value('resume', False, 'True where an earlier run has left its counts', f'Use --resume to go on from {where}, or delete it to start again.')
+    if store.kind == 'memmap': store.claim(facts)
     if source is not None: return load_checkpoint(source, facts, store)
     if store.kind == 'sqlite' and left:  # killed between the commit and its checkpoint file
         header, statuses = store.progress()
@@ -436,12 +437,12 @@ def _begin(run, config, files, facts, checkpoint, store):
     store.restore({}, {})
     return Progress(facts)
 
-# %% ../../nbs/groove/16_train.ipynb #1c68d428
-def _finished(output, config, coverage):
-    "The model at `output` if it is the one this run would make, else None"
-    try: model = GrooveModel.load(output)
-    except FormatError: return None
-    return model if model.config == config and model.coverage == coverage else None
+# %% ../../nbs/groove/16_train.ipynb #f5d0a7c3
+def _finished(output, finished, facts):
+    "The model at `output` if this run made it, None if there is none; raises `MismatchError` if another run did"
+    if not (finished.exists() and output.exists()): return None
+    check_same_config(output, read_json(finished), facts)
+    return GrooveModel.load(output, verify=True)
 
 
 def train_model(
@@ -453,8 +454,10 @@ def train_model(
     "Count a corpus, or one shard of it, and write the model and its skip report"
     config, run, output = config or GrooveConfig(), run or Run(), Path(output)
     table = read_aux_csv(run.aux_csv, config.aux_key) if run.aux_csv else None
+    if table is not None: config = replace(config, aux_csv=hash_file(run.aux_csv))
     coverage = shard_coverage(files.hash, run.shard_index, run.num_shards)
-    facts = dict(config=config.to_dict(), list_hash=files.hash, shard_index=run.shard_index, num_shards=run.num_shards, aux_csv=hash_file(run.aux_csv) if run.aux_csv else None)
+    base = None if files.base is None else os.path.abspath(files.base)
+    facts = dict(config=config.to_dict(), list_hash=files.hash, base=base, shard_index=run.shard_index, num_shards=run.num_shards)
     folder = Path(run.checkpoint_dir or f'{output}.checkpoints')
     checkpoint = folder/f'shard-{run.shard_index}-of-{run.num_shards}.checkpoint'
     folder.mkdir(parents=True, exist_ok=True)
@@ -463,27 +466,35 @@ def train_model(
         stack.enter_context(file_lock(f'{checkpoint}.lock'))
         clean_temporaries(folder)
         start = time.perf_counter()
-        done = _finished(output, config, coverage) if run.resume else None
-        if done is not None:
-            checkpoint.unlink(missing_ok=True)
-            return _summary(run, output, done.totals, start, 0)
+        finished = checkpoint.with_suffix('.done')
+        done = _finished(output, finished, facts) if run.resume else None
         store = run.make_store(config)
         stack.callback(store.close)
+        if done is not None:
+            _tidy(store, checkpoint)
+            return _summary(run, output, done.totals, start, 0)
+        finished.unlink(missing_ok=True)
         state = _begin(run, config, files, facts, checkpoint, store)
         before = state.processed
         _count_all(files, config, run, table, store, state, checkpoint)
         _finish(output, config, coverage, run, store, state, files)
-        checkpoint.unlink(missing_ok=True)
+        write_json(finished, facts)
+        _tidy(store, checkpoint)
     return _summary(run, output, state.totals, start, state.processed - before)
 
-# %% ../../nbs/groove/16_train.ipynb #94dc26c5
+# %% ../../nbs/groove/16_train.ipynb #21243a27
 def _finish(output, config, coverage, run, store, state, files):
     "Write the skip report, the model, and the shards of a memmap store; then let the runs go"
     write_skip_report(skip_report_path(output), files, run.shard_index, run.num_shards, state.statuses)
     if store.kind == 'memmap': store.write_shards('ngram', config.order, run.max_rows_per_shard, config.to_dict())
     write_model(output, config, coverage, state.totals, ((name, store.blocks(name)) for name in store.names()))
-    if store.kind == 'memmap': store.clear()
     if store.kind == 'sqlite': store.state((state.header(), np.frombuffer(bytes(state.statuses), np.uint8)))
+
+
+def _tidy(store, checkpoint):
+    "Let go of what only an unfinished run needs: the checkpoint first, because it names the runs"
+    checkpoint.unlink(missing_ok=True)
+    if store.kind == 'memmap': store.clear()
 
 
 def _summary(run, output, totals, start, processed):
