@@ -416,11 +416,11 @@ class MemmapStore(MemoryStore):
             while len(files) > 1 and files[-2][1] < 2 * files[-1][1]:
                 self._write_run(name, self._merged([files.pop(), files.pop()]))
 
-# %% ../../nbs/groove/12_counts.ipynb #3e1de62e
+# %% ../../nbs/groove/12_counts.ipynb #81fd789a
 @patch
 def _write_run(self:MemmapStore, name, blocks):
     "Write a run file from blocks and list it"
-    file, rows = f'{quote(name, safe="@")}.{self.number:08d}.run', 0
+    file, rows = f'{quote(name, safe="@")[:80]}.{self.number:08d}.run', 0
     self.number += 1
     with array_writer(self.directory/'runs'/file, 'count run', dict(table=name)) as writer:
         for keys, counts in blocks:
@@ -555,7 +555,7 @@ def clear(self:MemmapStore):
     self.tallies, self.files = {}, {}
     self.settle()
 
-# %% ../../nbs/groove/12_counts.ipynb #e90f4bd3
+# %% ../../nbs/groove/12_counts.ipynb #d2a2c99e
 def read_order_shards(
     directory,   # a `--memmap-dir`
     order:int,   # K
@@ -564,10 +564,13 @@ def read_order_shards(
     directory = Path(directory)
     if not (directory/'meta.json').is_file(): raise FormatError(f'{directory} has no meta.json: training did not finish here. Resume it.')
     meta = read_json(directory/'meta.json')
-    if meta.get('schema_version') != SCHEMA_VERSION:
-        raise FormatError(f'{directory}/meta.json has schema_version {meta.get("schema_version")!r}; this datatools reads {SCHEMA_VERSION}. Train again.')
-    if str(order) not in meta['orders']: raise bad_value('order', order, list(meta['orders']))
-    facts = meta['orders'][str(order)]
+    version = meta.get('schema_version') if isinstance(meta, dict) else None
+    if version != SCHEMA_VERSION: raise FormatError(f'{directory}/meta.json has schema_version {version!r}; this datatools reads {SCHEMA_VERSION}. Train again.')
+    orders = meta.get('orders')
+    if not isinstance(orders, dict) or not all(isinstance(facts, dict) and {'shards', 'rows'} <= facts.keys() for facts in orders.values()):
+        raise FormatError(f'{directory}/meta.json is damaged: it does not say how many shards and rows each order has. Train again.')
+    if str(order) not in orders: raise bad_value('order', order, list(orders))
+    facts = orders[str(order)]
     shards = [ArrayFile(path, 'count shard') for path in sorted((directory/f'order_{order}').glob('shard_*.counts'))]
     rows = sum(len(shard['counts']) for shard in shards)
     if (len(shards), rows) != (facts['shards'], facts['rows']):

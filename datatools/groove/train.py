@@ -40,7 +40,7 @@ from .model import (MODEL_KIND, GrooveModel, add_totals, check_mergeable, count_
     is_complete, shard_coverage, table_layout, write_model)
 from ..jobs import run_tasks
 
-# %% ../../nbs/groove/16_train.ipynb #f3533de1
+# %% ../../nbs/groove/16_train.ipynb #10805036
 MIDI_SUFFIXES = ('.mid', '.midi')
 
 
@@ -55,7 +55,7 @@ class FileList:
         digest, codes = hashlib.sha256(), array('Q')
         for name in lines:
             if max_files is not None and self.count >= max_files: break
-            line = os.fsencode(name) + b'\n'
+            line = os.fsencode(name) + b'\0'  # a name may hold a line break, but no zero byte
             digest.update(line)
             codes.append(int.from_bytes(hashlib.blake2b(os.fsencode(os.path.normpath(name)), digest_size=8).digest(), 'little'))
             self._spool.write(line)
@@ -65,7 +65,7 @@ class FileList:
         first = np.unique(codes, return_index=True)[1]
         self.duplicates = frozenset() if len(first) == len(codes) else frozenset(np.setdiff1d(np.arange(len(codes)), first).tolist())
 
-# %% ../../nbs/groove/16_train.ipynb #a68bbc9c
+# %% ../../nbs/groove/16_train.ipynb #e1abeb73
 @patch(cls_method=True)
 def from_directory(cls:FileList,
     directory,           # searched with everything below it
@@ -101,11 +101,16 @@ def items(self:FileList,
     skip:int=0,         # pass over so many files of the shard
 ):                      # yields (index in the list, path)
     "The files of one shard, in order"
-    self._spool.seek(0)
-    for index, line in enumerate(self._spool):
-        if index % num_shards != shard_index or index // num_shards < skip: continue
-        name = os.fsdecode(line[:-1])
-        yield index, name if self.base is None else os.path.join(self.base, name)
+    self._spool.flush()
+    index, offset, rest = 0, 0, b''
+    while block := os.pread(self._spool.fileno(), 1 << 20, offset):  # several walks at a time do not disturb each other
+        offset += len(block)
+        *names, rest = (rest + block).split(b'\0')
+        for index, line in enumerate(names, index):
+            if index % num_shards != shard_index or index // num_shards < skip: continue
+            name = os.fsdecode(line)
+            yield index, name if self.base is None else os.path.join(self.base, name)
+        index += len(names) > 0
 
 
 def _names(lines):
@@ -160,7 +165,7 @@ def read_bytes(
     except (FileNotFoundError, NotADirectoryError) as error: raise SkippedFile(Skip.missing, str(error)) from error
     except (OSError, ValueError) as error: raise SkippedFile(Skip.unreadable, str(error)) from error
 
-# %% ../../nbs/groove/16_train.ipynb #d39f6c61
+# %% ../../nbs/groove/16_train.ipynb #1793a36a
 def metadata_value(
     path,      # of a MIDI file
     key:str,   # wanted
@@ -184,15 +189,20 @@ def read_aux_csv(
     path,     # CSV file with a column midi_filename, path or filename, relative to the file itself
     key:str,  # column wanted
 )->dict:      # absolute path → value
-    "A metadata table; raises `UsageError` where a column is missing"
+    "A metadata table; raises `UsageError` where a column is missing, `FormatError` where a row is damaged"
+    values, folder = {}, os.path.dirname(os.path.abspath(path))
     with open(path, newline='', encoding='utf-8-sig') as file:
         reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        names = [name for name in ('midi_filename', 'path', 'filename') if name in columns]
-        if not names: raise bad_value('--aux-csv', columns, 'a table with a column midi_filename, path or filename')
-        if key not in columns: raise bad_value('--aux-key', key, columns)
-        folder = os.path.dirname(os.path.abspath(path))
-        return {os.path.normpath(os.path.join(folder, row[names[0]])): row[key] for row in reader if row[key]}
+        try:
+            columns = reader.fieldnames or []
+            names = [name for name in ('midi_filename', 'path', 'filename') if name in columns]
+            if not names: raise bad_value('--aux-csv', columns, 'a table with a column midi_filename, path or filename')
+            if key not in columns: raise bad_value('--aux-key', key, columns)
+            for row in reader:
+                if row[names[0]] is None or row[key] is None: raise csv.Error('a row is shorter than the head')
+                if row[key]: values[os.path.normpath(os.path.join(folder, row[names[0]]))] = row[key]
+        except (csv.Error, UnicodeDecodeError) as error: raise FormatError(f'{path}, line {reader.line_num}: {error}. Mend the table.') from error
+    return values
 
 # %% ../../nbs/groove/16_train.ipynb #6560e1ac
 BATCH_FILES, BATCH_ONSETS = 256, 1 << 16  # a batch ends at either
