@@ -418,7 +418,6 @@ def test_damaged_counts_are_refused(corpus, tmp_path):
     assert sha(tmp_path/'m') == sha(tmp_path/'s')
 
 
-@pytest.mark.xfail(reason='run files are not verified on resume', strict=True)
 def test_a_flipped_bit_in_a_run_file_is_refused(corpus, tmp_path):
     (tmp_path/'list').write_text('\n'.join(map(str, sorted(corpus.glob('loop*.mid')))))
     arguments = ['--from-filelist', tmp_path/'list', '--log-every', 0, '--save-every', 1, '-o', tmp_path/'m', '--store', 'memmap']
@@ -429,7 +428,6 @@ def test_a_flipped_bit_in_a_run_file_is_refused(corpus, tmp_path):
     assert 'checksum' in command('train', *arguments, '--resume', code=1)
 
 
-@pytest.mark.xfail(reason='a meta.json that is no object, or lacks fields, is not a FormatError', strict=True)
 def test_odd_meta_json_is_refused(corpus, tmp_path):
     train(corpus, '-o', tmp_path/'m', '--store', 'memmap')
     for wrong in ('[]', '1', 'null', '{"schema_version": 2}', '{"schema_version": 2, "orders": 1}', '{"schema_version": 2, "orders": {"1": {}}}'):
@@ -437,7 +435,6 @@ def test_odd_meta_json_is_refused(corpus, tmp_path):
         with pytest.raises(FormatError): read_order_shards(tmp_path/'m.counts', 1)
 
 
-@pytest.mark.xfail(reason='the counts of another shard in the same directory are deleted', strict=True)
 def test_a_shard_never_touches_the_counts_of_another(corpus, tmp_path):
     (tmp_path/'list').write_text('\n'.join(map(str, [*sorted(corpus.glob('loop-000[01].mid')), *sorted(corpus.glob('loop-0002*.mid'))])))
     arguments = ['--from-filelist', tmp_path/'list', '--log-every', 0, '--save-every', 1, '--store', 'memmap', '--memmap-dir', tmp_path/'counts', '--num-shards', 2, '--resume']
@@ -488,7 +485,6 @@ def test_a_database_of_another_program_is_left_alone(corpus, tmp_path):
     assert 'unable to open' in train(corpus, '-o', tmp_path/'m', '--store', 'sqlite', '--db-path', tmp_path, code=1)
 
 
-@pytest.mark.xfail(reason='a finished model is taken for done although its labels or its directory are others', strict=True)
 def test_a_finished_model_of_other_files_is_not_taken_for_done(corpus, tmp_path):
     train(corpus, '-o', tmp_path/'m')
     write_drum_corpus(tmp_path/'other', 7, seed=1)
@@ -497,10 +493,19 @@ def test_a_finished_model_of_other_files_is_not_taken_for_done(corpus, tmp_path)
     command('train', tmp_path/'other', '-o', tmp_path/'m', '--resume', code=1)
 
 
-@pytest.mark.xfail(reason='a finished model is taken for done although its labels are others', strict=True)
 def test_a_finished_model_with_other_labels_is_not_taken_for_done(corpus, tmp_path):
     names = [path.name for path in sorted(corpus.glob('loop*.mid'))]
     shutil.copytree(corpus, tmp_path/'c')
     for style in ('rock', 'jazz'): (tmp_path/f'{style}.csv').write_text('midi_filename,style\n' + ''.join(f'c/{name},{style}\n' for name in names))
     train(tmp_path/'c', '-o', tmp_path/'m', '--aux-key', 'style', '--aux-csv', tmp_path/'rock.csv')
     command('train', tmp_path/'c', '-o', tmp_path/'m', '--aux-key', 'style', '--aux-csv', tmp_path/'jazz.csv', '--resume', code=1)
+
+
+@pytest.mark.xfail(reason='only the note of the run is looked at, not the model', strict=True)
+def test_a_finished_model_of_another_run_is_not_taken_for_done(corpus, tmp_path):
+    "Two models that share a directory of checkpoints"
+    train(corpus, '-o', tmp_path/'one', '--checkpoint-dir', tmp_path/'checkpoints')
+    train(corpus, '-o', tmp_path/'other', '--order', 3)
+    before = sha(tmp_path/'other')
+    done = CliRunner().invoke(app, ['train', str(corpus), '-o', str(tmp_path/'other'), '--checkpoint-dir', str(tmp_path/'checkpoints'), '--resume', '--log-every', '0'])
+    assert done.exit_code == 1 or sha(tmp_path/'other') == sha(tmp_path/'one') != before
