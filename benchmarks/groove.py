@@ -10,8 +10,8 @@ drumming repeats itself; a corpus sampled with all novelty repeats itself less, 
 files to counts of order 8 on one core, against mido and symusic reading the same files and taking the drum onsets out.
 **bits**: how well the held-out test split is foreseen, trained on the train split, against KenLM's modified
 Kneser–Ney and NLTK on the same tokens. KenLM also reads our exported ARPA file and must score it as we do.
-**sampling**: onsets a second of `generate`, velocity and micro-timing included, and the share of simultaneous hits
-against the training data. **memory**: peak resident memory, speed and disk of the command line over corpora of growing
+**sampling**: onsets a second of `generate`, velocity and micro-timing included, with a thread per core (the column
+`by processor` is one core's speed), and the share of simultaneous hits against the training data. **memory**: peak resident memory, speed and disk of the command line over corpora of growing
 size that never stop bringing new n-grams. **kills**: training killed (SIGKILL) at random moments and resumed, and
 random shards merged in random order: how many ended in the same bytes.
 
