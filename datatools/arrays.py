@@ -120,7 +120,7 @@ def write_arrays(
     with array_writer(path, kind, header) as writer:
         for name, array in arrays.items(): writer.append(name, array)
 
-# %% ../nbs/03_arrays.ipynb #7f46fede
+# %% ../nbs/03_arrays.ipynb #7c7f3c98
 def _explain(head):
     "What a file that is not an array file looks like, in words"
     if head[:1] == b'\x80' and head[1:2] in b'\x02\x03\x04\x05': return 'it is a pickle, which could run any code; datatools does not open pickles. Make the file again with datatools'
@@ -131,7 +131,8 @@ def _explain(head):
 def _read_footer(path, file, size):
     "The checked footer of an open array file"
     head = file.read(HEAD.size)
-    if len(head) < HEAD.size or head[:8] != MAGIC: raise FormatError(f'{path} is not an array file: {_explain(head)}.')
+    if head[:8] == MAGIC and len(head) < HEAD.size: raise FormatError(f'{path} is truncated: {size} bytes, less than its head.')
+    if head[:8] != MAGIC: raise FormatError(f'{path} is not an array file: {_explain(head)}.')
     _, version, checksum, offset, length = HEAD.unpack(head)
     if version != VERSION: raise FormatError(f'{path} has array file version {version}; this datatools reads version {VERSION}. Update datatools.')
     if offset + length > size: raise FormatError(f'{path} is truncated: {size} bytes, its footer ends at {offset + length}.')

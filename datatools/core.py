@@ -126,7 +126,7 @@ def fsync_directory(
     try: os.fsync(descriptor)
     finally: os.close(descriptor)
 
-# %% ../nbs/00_core.ipynb #a079f42e
+# %% ../nbs/00_core.ipynb #1d6b6bf0
 @contextmanager
 def atomic_write(
     path,               # destination, str or Path
@@ -144,8 +144,9 @@ def atomic_write(
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)): error.filename, error.filename2 = str(path), None
         raise
     fsync_directory(target.parent)
 

@@ -7,20 +7,21 @@ __all__ = ['app', 'LoopsDir', 'Filelist', 'groove', 'clear_errors', 'show', 'Dru
            'choose_store', 'train_command', 'merge_command', 'numbered', 'draw', 'as_json_groove', 'sample_command',
            'readable', 'eval_command', 'info_command', 'model_stats', 'stats_command', 'export_command']
 
-# %% ../../nbs/groove/19_main.ipynb #db684682
+# %% ../../nbs/groove/19_main.ipynb #609eec8b
 import json
 import logging
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, List, Optional
 
 import numpy as np
 import typer
 
-from ..core import DatatoolsError, UsageError, bad_value, human_bytes, progress
+from ..core import DatatoolsError, FormatError, UsageError, bad_value, human_bytes, progress
 from .arpa import write_arpa
 from .counts import fold_order
 from .events import DRUM_CLASSES, GrooveConfig, tokenise
@@ -29,7 +30,7 @@ from .model import GrooveModel, table_layout
 from .smoothing import modified_discounts
 from .train import FileList, Run, SkippedFile, auto_resolution, merge_files, read_bytes, train_model
 
-# %% ../../nbs/groove/19_main.ipynb #218b139e
+# %% ../../nbs/groove/19_main.ipynb #6b2d4975
 app = typer.Typer(name='groove', help='Train n-gram models of drum grooves on corpora of any size, evaluate them, and sample grooves with feel.',
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -45,6 +46,9 @@ def clear_errors():
     except KeyboardInterrupt:
         typer.secho('Interrupted. What the last checkpoint holds is safe: the same command with --resume goes on from there.', fg='red', err=True)
         raise typer.Exit(130) from None
+    except MemoryError:
+        typer.secho('Error: not enough memory. Ask for fewer or shorter grooves, or give a smaller model.', fg='red', err=True)
+        raise typer.Exit(1) from None
     except (DatatoolsError, OSError) as error:
         typer.secho(f'Error: {error}', fg='red', err=True)
         raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
@@ -197,10 +201,13 @@ def sample_command(
             if print_json: typer.echo(json.dumps(as_json_groove(grooves, index)))
             if out_midi is None and not print_json: typer.echo('\n'.join(draw(grooves, index)) + '\n')
 
-# %% ../../nbs/groove/19_main.ipynb #7c873281
+# %% ../../nbs/groove/19_main.ipynb #1fc36b62
 def readable(files, config, skipped, show_bar=None):
     "The performances of a list that can be read, however small; the number of others, by reason, goes into `skipped`"
-    for _, path in progress(files.items(), total=len(files), desc='eval', show=show_bar, unit='file'):
+    for index, path in progress(files.items(), total=len(files), desc='eval', show=show_bar, unit='file'):
+        if index in files.duplicates:
+            skipped['duplicate'] = skipped.get('duplicate', 0) + 1
+            continue
         try: events = tokenise(read_drums(read_bytes(path, 0)), config)
         except (MidiFault, SkippedFile) as error:
             name = error.fault.name if isinstance(error, MidiFault) else error.status.name
@@ -221,7 +228,10 @@ def eval_command(
     "How well a model foresees grooves it has not seen: bits_per_onset, bits_per_bar, impossible_share."
     with clear_errors():
         trained, skipped = GrooveModel.load(model, verify=True), {}
-        figures = trained.evaluate(readable(open_list(loops_dir, from_filelist), trained.config, skipped, show_progress))
+        performances = readable(open_list(loops_dir, from_filelist), trained.config, skipped, show_progress)
+        first = next(performances, None)
+        if first is None: raise FormatError(f'No drum performance could be read; skipped: {skipped or "nothing, the list is empty"}.')
+        figures = trained.evaluate(chain([first], performances))
         show(dict(figures, skipped=skipped), as_json)
 
 # %% ../../nbs/groove/19_main.ipynb #0c3678ba

@@ -41,7 +41,7 @@ def drum_lookup(
     for index, (_, _, keys) in enumerate(DRUM_CLASSES): to_class[list(keys)] = index
     return to_class, np.array([key for _, key, _ in DRUM_CLASSES], np.uint8)
 
-# %% ../../nbs/groove/11_events.ipynb #f09303d8
+# %% ../../nbs/groove/11_events.ipynb #ae28438c
 @dataclass(frozen=True)
 class GrooveConfig:
     "What is counted; two models can be merged if their configurations are equal"
@@ -57,6 +57,7 @@ class GrooveConfig:
 
     def __post_init__(self):
         drum_lookup(self.drum_map)
+        if self.aux_key == '': raise bad_value('aux_key', '', 'the name of a metadata key, or None')
         for name, low, high in (('resolution', 1, 24), ('beats_per_bar', 1, 12), ('min_bytes', 0, 2**31), ('min_notes', 1, 2**31)):
             if not low <= getattr(self, name) <= high: raise bad_value(name, getattr(self, name), f'{low} to {high}')
         longest = 2 * (64 // self.token_bits)
@@ -84,7 +85,7 @@ class GrooveConfig:
             if key not in known: raise FormatError(f'unknown configuration key {key!r}: this file was written by a newer version of datatools. Update datatools to read it.')
         return cls(**facts)
 
-# %% ../../nbs/groove/11_events.ipynb #3a10ffe4
+# %% ../../nbs/groove/11_events.ipynb #6831da34
 FEEL_BINS = 32        # bins of velocity (four values each) and of micro-timing (a 32nd of a step each)
 LAST_POSITION = 254   # positions in the bar are kept in 8 bits; longer bars share the last one
 
@@ -106,10 +107,10 @@ def _place(tick, signatures, ticks_per_beat, resolution, beats_per_bar, steps, p
         bar = step * denominator // length
         position = step - (bar * length + denominator - 1) // denominator
         steps[i] = start_step + step
-        positions[i] = min(max(position, 0), LAST_POSITION)
+        positions[i] = max(position, 0)
         bars[i] = max(1, (length + denominator - 1) // denominator)
 
-# %% ../../nbs/groove/11_events.ipynb #f8a82415
+# %% ../../nbs/groove/11_events.ipynb #e11ed132
 @njit(cache=True)
 def _canonical_order(steps, drums, velocity):
     "Indices of onsets by (step, drum), the loudest of each pair alone; short insertion moves first, as files are nearly sorted"
@@ -135,18 +136,7 @@ def _canonical_order(steps, drums, velocity):
             kept += 1
     return order[:kept]
 
-
-@njit(cache=True)
-def _gaps(steps, positions, bars, longest_gap):
-    "Steps since the previous onset; the first from its bar line, long ones shortened by whole bars"
-    gaps = np.empty(len(steps), np.int64)
-    for i in range(len(steps)):
-        gap = steps[i] - steps[i - 1] if i else positions[0]
-        if gap > longest_gap: gap -= (gap - longest_gap + bars[i] - 1) // bars[i] * bars[i]
-        gaps[i] = gap if 0 < gap <= longest_gap or (gap == 0 and (i == 0 or steps[i] == steps[i - 1])) else longest_gap
-    return gaps
-
-# %% ../../nbs/groove/11_events.ipynb #b6be4807
+# %% ../../nbs/groove/11_events.ipynb #6ae8bab2
 class Events(NamedTuple):
     "One performance as the model sees it; the arrays have one entry per kept onset"
     token: np.ndarray     # uint16: gap * classes + drum, below `GrooveConfig.vocabulary`
@@ -159,22 +149,35 @@ class Events(NamedTuple):
 @njit(cache=True)
 def _tokenise(tick, pitch, velocity, signatures, ticks_per_beat, to_class, classes, resolution, beats_per_bar):
     "The compiled body of `tokenise`"
-    drums = to_class[pitch]
-    mapped = np.flatnonzero(drums != UNMAPPED)
-    if len(mapped) < len(tick): tick, drums, velocity = tick[mapped], drums[mapped], velocity[mapped]
-    if (tick[1:] < tick[:-1]).any():  # several drum tracks, read one after the other
+    drums, ascending, mapped = np.empty(len(tick), np.uint8), True, 0
+    for i in range(len(tick)):
+        drums[i] = to_class[pitch[i]]
+        mapped += drums[i] != UNMAPPED
+        ascending &= i == 0 or tick[i] >= tick[i - 1]
+    if mapped < len(tick):
+        kept = np.flatnonzero(drums != UNMAPPED)
+        tick, drums, velocity = tick[kept], drums[kept], velocity[kept]
+    if not ascending:
         by_tick = np.argsort(tick, kind='mergesort')
         tick, drums, velocity = tick[by_tick], drums[by_tick], velocity[by_tick]
     steps, positions, micro, bars = np.empty((4, len(tick)), np.int64)
     _place(tick, signatures, ticks_per_beat, resolution, beats_per_bar, steps, positions, micro, bars)
     order = _canonical_order(steps, drums, velocity)
-    gaps = _gaps(steps[order], positions[order], bars[order], resolution * beats_per_bar)
-    token = (gaps * classes + drums[order]).astype(np.uint16)
-    lines = steps[order] - positions[order]  # of the bars they are in
-    sounding = min(len(lines), 1) + np.count_nonzero(lines[1:] != lines[:-1])
-    return token, positions[order].astype(np.uint8), velocity[order] // np.uint8(4), micro[order].astype(np.uint8), sounding
+    token, columns = np.empty(len(order), np.uint16), np.empty((3, len(order)), np.uint8)
+    before, line, sounding, longest_gap = np.int64(0), np.int64(-1), 0, resolution * beats_per_bar
+    for k in range(len(order)):
+        i = order[k]
+        gap = steps[i] - before if k else positions[i]
+        if gap > longest_gap: gap -= (gap - longest_gap + bars[i] - 1) // bars[i] * bars[i]
+        if not (0 < gap <= longest_gap or (gap == 0 and (k == 0 or steps[i] == before))): gap = np.int64(longest_gap)
+        token[k] = gap * classes + drums[i]
+        columns[0, k], columns[1, k], columns[2, k] = min(positions[i], LAST_POSITION), velocity[i] // np.uint8(4), micro[i]
+        before = steps[i]
+        if k == 0 or before - positions[i] != line: sounding += 1
+        line = before - positions[i]  # the bar line before this onset
+    return token, columns[0], columns[1], columns[2], sounding
 
-
+# %% ../../nbs/groove/11_events.ipynb #fe2110ef
 def tokenise(
     part:DrumPart,        # a performance
     config:GrooveConfig,  # alphabet and grid

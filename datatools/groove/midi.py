@@ -200,21 +200,40 @@ def _main_tempo(changes, last_tick):
         lengths[tempo] = lengths.get(tempo, 0) + until - tick
     return float(max(lengths, key=lengths.get))
 
-# %% ../../nbs/groove/10_midi.ipynb #052ef8e5
+# %% ../../nbs/groove/10_midi.ipynb #392556c4
+@njit(cache=True)
+def _split(found):
+    "What `scan_midi` found, by tick: tick, pitch and velocity of the notes, and the other rows"
+    for i in range(1, len(found)):
+        if found[i, 0] < found[i - 1, 0]:  # several tracks
+            found = found[np.argsort(found[:, 0], kind='mergesort')]
+            break
+    notes = 0
+    for i in range(len(found)): notes += found[i, 1] == NOTE
+    tick, pitch, velocity = np.empty(notes, np.int64), np.empty(notes, np.uint8), np.empty(notes, np.uint8)
+    others, note, other = np.empty((len(found) - notes, 4), np.int64), 0, 0
+    for i in range(len(found)):
+        if found[i, 1] == NOTE:
+            tick[note], pitch[note], velocity[note] = found[i, 0], found[i, 2], found[i, 3]
+            note += 1
+        else:
+            others[other] = found[i]
+            other += 1
+    return tick, pitch, velocity, others
+
+
 def read_drums(
     data:bytes,  # the whole MIDI file
 )->DrumPart:     # its drum onsets (channel 10)
     "The drum onsets of a MIDI file, all of them; raises `MidiFault` where that cannot be had"
     fault, found = scan_midi(np.frombuffer(data, np.uint8))
     if fault != Fault.none: raise MidiFault(fault)
-    tick = found[:, 0]
-    if (tick[1:] < tick[:-1]).any(): found = found[np.argsort(tick, kind='stable')]  # several tracks
-    kind = found[:, 1]
-    notes = found[kind == NOTE]
-    if not len(notes): raise MidiFault(Fault.no_drums)
-    tempos = [(at, 60e6 / beat) for at, _, beat, _ in found[kind == TEMPO].tolist()]
-    return DrumPart(notes[:, 0].copy(), notes[:, 2].astype(np.uint8), notes[:, 3].astype(np.uint8), data[12] << 8 | data[13],
-        found[kind == SIGNATURE][:, [0, 2, 3]], _main_tempo(tempos, int(found[-1, 0])))
+    tick, pitch, velocity, others = _split(found)
+    if not len(tick): raise MidiFault(Fault.no_drums)
+    rows = others.tolist()
+    tempos = [(at, 60e6 / beat) for at, kind, beat, _ in rows if kind == TEMPO]
+    signatures = np.array([(at, numerator, denominator) for at, kind, numerator, denominator in rows if kind == SIGNATURE], np.int64).reshape(-1, 3)
+    return DrumPart(tick, pitch, velocity, data[12] << 8 | data[13], signatures, _main_tempo(tempos, max(int(tick[-1]), rows[-1][0] if rows else 0)))
 
 # %% ../../nbs/groove/10_midi.ipynb #48caf656
 def _messages(tick, pitch, velocity, length):

@@ -40,7 +40,7 @@ from .model import (MODEL_KIND, GrooveModel, add_totals, check_mergeable, count_
     is_complete, shard_coverage, table_layout, write_model)
 from ..jobs import run_tasks
 
-# %% ../../nbs/groove/16_train.ipynb #10805036
+# %% ../../nbs/groove/16_train.ipynb #bb39a6ef
 MIDI_SUFFIXES = ('.mid', '.midi')
 
 
@@ -51,6 +51,7 @@ class FileList:
         base=None,           # directory that names are relative to, None for the current one
         max_files:int=None,  # take only so many
     ):
+        if max_files is not None and max_files < 1: raise bad_value('max_files', max_files, '1 or more')
         self.base, self._spool, self.count = base, TemporaryFile(), 0
         digest, codes = hashlib.sha256(), array('Q')
         for name in lines:
@@ -65,7 +66,7 @@ class FileList:
         first = np.unique(codes, return_index=True)[1]
         self.duplicates = frozenset() if len(first) == len(codes) else frozenset(np.setdiff1d(np.arange(len(codes)), first).tolist())
 
-# %% ../../nbs/groove/16_train.ipynb #e1abeb73
+# %% ../../nbs/groove/16_train.ipynb #8a60b649
 @patch(cls_method=True)
 def from_directory(cls:FileList,
     directory,           # searched with everything below it
@@ -73,8 +74,9 @@ def from_directory(cls:FileList,
 ):                       # -> FileList
     "All MIDI files below a directory; raises `UsageError` if it is not one"
     if not os.path.isdir(directory): raise bad_value('LOOPS_DIR', str(directory), 'a directory', 'Use --from-filelist for a list of files.')
+    def stop(error): raise error
     found = sorted(os.path.relpath(os.path.join(folder, name), directory)
-        for folder, _, names in os.walk(directory) for name in names if name.lower().endswith(MIDI_SUFFIXES))
+        for folder, _, names in os.walk(directory, onerror=stop) for name in names if name.lower().endswith(MIDI_SUFFIXES))
     return cls(found, directory, max_files)
 
 
@@ -117,8 +119,8 @@ def _names(lines):
     "Names in the lines of a binary file"
     for number, line in enumerate(lines):
         if number == 0: line = line.removeprefix(b'\xef\xbb\xbf')
-        line = line.rstrip(b'\r\n')
-        if line.strip(): yield os.fsdecode(line)
+        for name in line.rstrip(b'\r\n').split(b'\0'):  # zero bytes separate names, too, as `find -print0` writes them
+            if name.strip(): yield os.fsdecode(name)
 
 # %% ../../nbs/groove/16_train.ipynb #06397781
 class Skip(IntEnum):
@@ -149,19 +151,24 @@ class SkippedFile(Exception):
     "A file that is not counted, and why"
     def __init__(self, status, detail=''): self.status, self.detail = status, detail
 
-# %% ../../nbs/groove/16_train.ipynb #0bae218b
+# %% ../../nbs/groove/16_train.ipynb #4902333c
 def read_bytes(
     path,         # a file
     least:int,    # smaller files are skipped
 )->bytes:
     "The content of a file; raises `SkippedFile`"
     try:
-        facts = os.stat(path)
-        if stat.S_ISDIR(facts.st_mode): raise SkippedFile(Skip.directory)
-        if not stat.S_ISREG(facts.st_mode): raise SkippedFile(Skip.unreadable, 'not a regular file')
-        if facts.st_size > LARGEST_FILE: raise SkippedFile(Skip.too_large)
-        if facts.st_size < least: raise SkippedFile(Skip.below_min_bytes, f'{facts.st_size} bytes')
-        with open(path, 'rb', buffering=0) as file: return file.readall()
+        number = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0))  # a pipe must not make us wait
+        try:
+            facts = os.fstat(number)
+            if stat.S_ISDIR(facts.st_mode): raise SkippedFile(Skip.directory)
+            if not stat.S_ISREG(facts.st_mode): raise SkippedFile(Skip.unreadable, 'not a regular file')
+            if facts.st_size > LARGEST_FILE: raise SkippedFile(Skip.too_large)
+            if facts.st_size < least: raise SkippedFile(Skip.below_min_bytes, f'{facts.st_size} bytes')
+            data = os.read(number, facts.st_size)
+            while len(data) < facts.st_size and (more := os.read(number, facts.st_size - len(data))): data += more
+            return data
+        finally: os.close(number)
     except (FileNotFoundError, NotADirectoryError) as error: raise SkippedFile(Skip.missing, str(error)) from error
     except (OSError, ValueError) as error: raise SkippedFile(Skip.unreadable, str(error)) from error
 
@@ -312,7 +319,7 @@ class Run:
         if self.store == 'sqlite': return SqliteStore(self.db_path, layouts, self.hash_buckets, room)
         return MemoryStore(layouts, self.hash_buckets, room and room * 2)
 
-# %% ../../nbs/groove/16_train.ipynb #d75ea327
+# %% ../../nbs/groove/16_train.ipynb #03e3aa95
 CHECKPOINT_KIND, CHECKPOINT_VERSION = 'groove checkpoint', 1
 
 
@@ -360,6 +367,7 @@ def load_checkpoint(
     own = store.progress() if kind == 'sqlite' else None
     if kind == 'sqlite' and own is None: raise MismatchError(f'{store.path} holds no counts, but {path} says so. Is --db-path the same as before?')
     store.restore(file.header['counts'], {name: file[name] for name in file if name != 'status'})
+    store.settle()
     header, statuses = (file.header, file['status']) if own is None else own
     return Progress(facts, header['totals'], bytes(statuses))
 
@@ -428,7 +436,7 @@ def _count_all(files, config, run, table, store, state, checkpoint):
     finally:
         if run.gc_every: gc.enable()
 
-# %% ../../nbs/groove/16_train.ipynb #e6478124
+# %% ../../nbs/groove/16_train.ipynb #d6908dea
 def _begin(run, config, files, facts, checkpoint, store):
     "The progress to start from"
     source = run.resume_from or (checkpoint if checkpoint.exists() else None)
@@ -445,14 +453,17 @@ def _begin(run, config, files, facts, checkpoint, store):
         check_same_config(store.path, header['run'], facts)
         return Progress(facts, header['totals'], bytes(statuses))
     store.restore({}, {})
+    store.settle()
     return Progress(facts)
 
-# %% ../../nbs/groove/16_train.ipynb #f5d0a7c3
+# %% ../../nbs/groove/16_train.ipynb #ba130cba
 def _finished(output, finished, facts):
     "The model at `output` if this run made it, None if there is none; raises `MismatchError` if another run did"
     if not (finished.exists() and output.exists()): return None
     check_same_config(output, read_json(finished), facts)
-    return GrooveModel.load(output, verify=True)
+    model = GrooveModel.load(output, verify=True)
+    coverage = shard_coverage(facts['list_hash'], facts['shard_index'], facts['num_shards'])
+    return model if (model.config.to_dict(), model.coverage) == (facts['config'], coverage) else None  # else something else was put there
 
 
 def train_model(
@@ -468,13 +479,14 @@ def train_model(
     coverage = shard_coverage(files.hash, run.shard_index, run.num_shards)
     base = None if files.base is None else os.path.abspath(files.base)
     facts = dict(config=config.to_dict(), list_hash=files.hash, base=base, shard_index=run.shard_index, num_shards=run.num_shards)
+    if output.exists() and not output.is_file(): raise bad_value('output', str(output), 'a regular file or a new name')
     folder = Path(run.checkpoint_dir or f'{output}.checkpoints')
     checkpoint = folder/f'shard-{run.shard_index}-of-{run.num_shards}.checkpoint'
     folder.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.enter_context(file_lock(f'{checkpoint}.lock'))
-        clean_temporaries(folder)
+        for place in (folder, output.parent): clean_temporaries(place)
         start = time.perf_counter()
         finished = checkpoint.with_suffix('.done')
         done = _finished(output, finished, facts) if run.resume else None
