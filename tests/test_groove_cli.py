@@ -104,8 +104,9 @@ def test_usage_errors(corpus, model, tmp_path):
     for flags in (['--order', 0], ['--order', 17], ['--order', 'x'], ['--drum-map', 8], ['--resolution', 0], ['--resolution', 25], ['--beats-per-bar', 0], ['--beats-per-bar', 13],
             ['--train-mode', 'x'], ['--store', 'x'], ['--train-mode', 'memory', '--store', 'sqlite'], ['--train-mode', 'stream', '--store', 'memory'], ['--hash-buckets', 3],
             ['--max-rows-per-shard', 0], ['--max-ram-mb', 1], ['--n-jobs', 0], ['--save-every', -1], ['--log-every', -1], ['--gc-every', -1], ['--min-bytes', -1], ['--min-notes', 0],
-            ['--shard-index', 1], ['--shard-index', -1], ['--num-shards', 0], ['--aux-csv', 'x.csv'], ['--resume-from', tmp_path/'none']):
+            ['--shard-index', 1], ['--shard-index', -1], ['--num-shards', 0], ['--aux-csv', 'x.csv'], ['--aux-key', ''], ['--max-files', -1], ['--resume-from', tmp_path/'none']):
         command('train', corpus, '-o', tmp_path/'m', *flags, code=2)
+    for flags in (['-l', 10**15], ['-n', 10**15]): assert 'emory' in command('sample', model, *flags, code=1)
     for flags in (['-l', 0], ['-n', 0], ['--temperature', 0], ['--temperature', 'nan'], ['--temperature-end', -1], ['--top-k', -1], ['--top-p', 0], ['--top-p', 1.5], ['--novelty', 2],
             ['--cond-style', 'polka'], ['--cond-velocity', 0], ['--cond-velocity', 128], ['--out-midi', tmp_path], ['--seed', 1.5]):
         command('sample', model, *flags, code=2)
@@ -167,7 +168,7 @@ def test_awkward_lists(corpus, tmp_path):
     assert sha(tmp_path/'m') == sha(tmp_path/'n')
     train('--from-filelist', '-', '-o', tmp_path/'n', '--n-jobs', 2, input=content)
     assert sha(tmp_path/'m') == sha(tmp_path/'n')
-    assert sum(as_json('eval', tmp_path/'m', '--from-filelist', tmp_path/'list')['skipped'].values()) == 8  # duplicates are heard again, and the small file is truncated
+    assert sum(as_json('eval', tmp_path/'m', '--from-filelist', tmp_path/'list')['skipped'].values()) == 10  # the duplicates, and the small file, which is truncated
 
 
 def test_standard_input_of_a_process(corpus, tmp_path, python):
@@ -197,7 +198,7 @@ def test_empty_lists(corpus, tmp_path):
     train(tmp_path/'nothing', '-o', tmp_path/'m')
     for arguments in (['info'], ['stats'], ['sample']): command(*arguments, tmp_path/'m')
     assert as_json('eval', tmp_path/'m', corpus)['impossible_share'] == 0
-    assert 'at least one onset' in CliRunner().invoke(app, ['eval', str(tmp_path/'m'), str(tmp_path/'nothing')]).stderr
+    assert 'No drum performance could be read' in CliRunner().invoke(app, ['eval', str(tmp_path/'m'), str(tmp_path/'nothing')]).stderr
 
 
 def test_directories_are_searched_to_the_bottom(corpus, tmp_path):
@@ -213,7 +214,6 @@ def test_directories_are_searched_to_the_bottom(corpus, tmp_path):
     assert sha(tmp_path/'m') == sha(tmp_path/'n')
 
 
-@pytest.mark.xfail(reason='a zero byte makes two names of one, and duplicates are numbered before that', strict=True)
 def test_zero_bytes_in_a_list(corpus, tmp_path):
     loops = [os.fsencode(path) for path in sorted(corpus.glob('*.mid'))]
     summary = as_json('train', '--from-filelist', '-', '-o', tmp_path/'m', '--log-every', 0, input=b'\n'.join([b'no\0such file', loops[0], loops[1], loops[0], loops[2]]))
@@ -554,7 +554,10 @@ def test_export(model, tmp_path):
         assert len(list(itertools.takewhile(bool, lines[start:]))) == count
 
 
-def test_output_that_cannot_be_written(model, python):
+def test_output_that_cannot_be_written(model, tmp_path):
+    for arguments in (['export', model, '--arpa', tmp_path/'no/x'], ['sample', model, '--out-midi', tmp_path/'no/x']):
+        said = command(*arguments, code=1)
+        assert str(tmp_path/'no/x') in said and '.tmp' not in said
     with open('/dev/full', 'w') as full:
         done = subprocess.run([sys.executable, '-m', 'datatools.groove', 'info', model], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert done.returncode == 1 and done.stderr.startswith('Error: ') and done.stderr.count('\n') == 1

@@ -7,6 +7,7 @@ import pickle
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -187,9 +188,9 @@ def test_killed_at_any_step(corpus, quick):
 
 
 @pytest.mark.drill
-@pytest.mark.parametrize('runs', [RUNS, STYLED])
-def test_killed_at_every_step(corpus, quick, runs):
-    assert drive(corpus, quick, 1800, mode='kill', stride=1, runs=runs) > 1000
+@pytest.mark.parametrize('stride, runs', [(1, RUNS), (3, STYLED)], ids=['shards', 'styles'])
+def test_killed_at_every_step(corpus, quick, stride, runs):
+    assert drive(corpus, quick, 1800, mode='kill', stride=stride, runs=runs) > 500
 
 
 def test_disk_full_keeps_the_previous_checkpoint(corpus, quick):
@@ -198,7 +199,7 @@ def test_disk_full_keeps_the_previous_checkpoint(corpus, quick):
 
 
 @pytest.mark.drill
-def test_disk_full_at_many_sizes(corpus, quick): drive(corpus, quick, 1800, mode='full', limits=100, runs=RUNS + STYLED)
+def test_disk_full_at_many_sizes(corpus, quick): drive(corpus, quick, 1800, mode='full', limits=30, runs=RUNS + STYLED)
 
 
 @pytest.mark.parametrize('kilobytes', [60, 120, 200])
@@ -289,7 +290,7 @@ def test_killed_with_worker_processes(process, corpus, tmp_path):
 @pytest.mark.parametrize('store', STORES)
 def test_killed_at_random_moments(process, corpus, tmp_path, store, jobs):
     expected = reference(corpus, tmp_path)
-    for seed in range(5):
+    for seed in range(3):
         (tmp_path/f'{seed}').mkdir()
         assert kill_and_resume(process, corpus, tmp_path/f'{seed}', seed, store, jobs) == expected
 
@@ -479,6 +480,12 @@ def test_places_that_cannot_be_written(corpus, tmp_path, read_only):
 
 
 def test_a_database_of_another_program_is_left_alone(corpus, tmp_path):
+    for name, table in (('a.db', 'progress (x)'), ('b.db', 'precious (x)')):
+        with sqlite3.connect(tmp_path/name) as database: database.execute(f'CREATE TABLE {table}')
+        database.close()
+        before = sha(tmp_path/name)
+        said = train(corpus, '-o', tmp_path/'m', '--store', 'sqlite', '--db-path', tmp_path/name, code=1)
+        assert said.count('\n') == 1 and name in said and sha(tmp_path/name) == before
     (tmp_path/'notes.db').write_bytes(b'no database at all')
     assert 'not a database' in train(corpus, '-o', tmp_path/'m', '--store', 'sqlite', '--db-path', tmp_path/'notes.db', code=1)
     assert (tmp_path/'notes.db').read_bytes() == b'no database at all'
@@ -501,7 +508,6 @@ def test_a_finished_model_with_other_labels_is_not_taken_for_done(corpus, tmp_pa
     command('train', tmp_path/'c', '-o', tmp_path/'m', '--aux-key', 'style', '--aux-csv', tmp_path/'jazz.csv', '--resume', code=1)
 
 
-@pytest.mark.xfail(reason='only the note of the run is looked at, not the model', strict=True)
 def test_a_finished_model_of_another_run_is_not_taken_for_done(corpus, tmp_path):
     "Two models that share a directory of checkpoints"
     train(corpus, '-o', tmp_path/'one', '--checkpoint-dir', tmp_path/'checkpoints')
