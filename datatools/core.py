@@ -126,7 +126,7 @@ def fsync_directory(
     try: os.fsync(descriptor)
     finally: os.close(descriptor)
 
-# %% ../nbs/00_core.ipynb #1d6b6bf0
+# %% ../nbs/00_core.ipynb #734ff157
 @contextmanager
 def atomic_write(
     path,               # destination, str or Path
@@ -146,7 +146,8 @@ def atomic_write(
         os.replace(temporary, target)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(temporary)): error.filename, error.filename2 = str(path), None
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):  # name the file that the caller knows
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     fsync_directory(target.parent)
 

@@ -356,13 +356,13 @@ def test_resume_of_another_run_says_what_differs(stopped, tmp_path):
     assert 'Use --resume' in command('train', *arguments, code=2)
     assert 'config.order: 8 on disk, 3 asked for' in command('train', *arguments, '--resume', '--order', 3, code=1)
     assert 'config.min_notes: 8 on disk, 9 asked for' in command('train', *arguments, '--resume', '--min-notes', 9, code=1)
-    assert 'list_hash: ' in command('train', *arguments, '--resume', '--max-files', 5, code=1)
+    assert 'another file list' in command('train', *arguments, '--resume', '--max-files', 5, code=1)
     said = command('train', *arguments, '--resume-from', checkpoint, '--num-shards', 2, '--shard-index', 1, code=1)
     assert 'num_shards: 1 on disk, 2 asked for' in said and 'shard_index: 0 on disk, 1 asked for' in said
     other = dict(memory='sqlite', sqlite='memmap', memmap='memory')[store]
     assert f'--store {store}' in command('train', *arguments, '--resume', '--store', other, code=1)
     (tmp_path/'styles.csv').write_text((tmp_path/'styles.csv').read_text().replace(',1', ',2'))
-    assert 'aux_csv: ' in command('train', *arguments, '--resume', code=1)
+    assert 'another metadata table' in command('train', *arguments, '--resume', code=1)
     (tmp_path/'styles.csv').write_text((tmp_path/'styles.csv').read_text().replace(',2', ',1'))
     assert sha(checkpoint) == before and not (tmp_path/'model').exists()
     finished(arguments, tmp_path)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MIDI_SUFFIXES', 'KEPT', 'LARGEST_FILE', 'BATCH_FILES', 'BATCH_ONSETS', 'CHECKPOINT_KIND', 'CHECKPOINT_VERSION', 'LOG',
            'FileList', 'Skip', 'reason', 'SkippedFile', 'read_bytes', 'metadata_value', 'read_aux_csv', 'Batch',
-           'count_files', 'count_files_apart', 'Run', 'Progress', 'save_checkpoint', 'load_checkpoint', 'BadFile',
-           'train_model', 'skip_report_path', 'write_skip_report', 'merge_skip_reports', 'open_part', 'merge_files',
-           'auto_resolution']
+           'count_files', 'count_files_apart', 'Run', 'Progress', 'check_same_run', 'save_checkpoint',
+           'load_checkpoint', 'BadFile', 'train_model', 'skip_report_path', 'write_skip_report', 'merge_skip_reports',
+           'open_part', 'merge_files', 'auto_resolution']
 
 # %% ../../nbs/groove/16_train.ipynb #0bc39781
 import csv
@@ -319,7 +319,7 @@ class Run:
         if self.store == 'sqlite': return SqliteStore(self.db_path, layouts, self.hash_buckets, room)
         return MemoryStore(layouts, self.hash_buckets, room and room * 2)
 
-# %% ../../nbs/groove/16_train.ipynb #03e3aa95
+# %% ../../nbs/groove/16_train.ipynb #ec47f265
 CHECKPOINT_KIND, CHECKPOINT_VERSION = 'groove checkpoint', 1
 
 
@@ -338,6 +338,17 @@ class Progress:
     def header(self):
         skipped = sum(self.totals['skipped'].values())
         return dict(version=CHECKPOINT_VERSION, run=self.facts, processed=self.processed, kept=self.totals['kept'], skipped=skipped, totals=self.totals)
+
+
+def check_same_run(
+    where,     # file that the message names
+    old:dict,  # the run it belongs to
+    new:dict,  # the run that wants to go on
+):
+    "Raise a `MismatchError` that says what differs between two runs"
+    for kind, before, now in (('file list', old['list_hash'], new['list_hash']), ('metadata table', old['config'].get('aux_csv'), new['config']['aux_csv'])):
+        if before != now: raise MismatchError(f'{where} belongs to a run over another {kind} than this one. Give the {kind} it was begun with, or choose another output.')
+    check_same_config(where, old, new)
 
 
 def save_checkpoint(
@@ -361,7 +372,7 @@ def load_checkpoint(
     file = ArrayFile(path, CHECKPOINT_KIND)
     file.verify()
     if file.header['version'] != CHECKPOINT_VERSION: raise FormatError(f'{path} has checkpoint version {file.header["version"]}; this datatools reads {CHECKPOINT_VERSION}. Train again.')
-    check_same_config(path, file.header['run'], facts)
+    check_same_run(path, file.header['run'], facts)
     kind = file.header['counts']['store']
     if kind != store.kind: raise MismatchError(f'{path} was written with --store {kind}, this run has --store {store.kind}. Use --store {kind} to go on.')
     own = store.progress() if kind == 'sqlite' else None
@@ -436,7 +447,7 @@ def _count_all(files, config, run, table, store, state, checkpoint):
     finally:
         if run.gc_every: gc.enable()
 
-# %% ../../nbs/groove/16_train.ipynb #d6908dea
+# %% ../../nbs/groove/16_train.ipynb #83ed04c0
 def _begin(run, config, files, facts, checkpoint, store):
     "The progress to start from"
     source = run.resume_from or (checkpoint if checkpoint.exists() else None)
@@ -446,21 +457,23 @@ def _begin(run, config, files, facts, checkpoint, store):
         where = checkpoint if checkpoint.exists() else getattr(store, 'directory', None) or getattr(store, 'path', None)
         if checkpoint.exists() or left or (store.kind == 'memmap' and (store.directory/'meta.json').exists()):
             raise bad_value('resume', False, 'True where an earlier run has left its counts', f'Use --resume to go on from {where}, or delete it to start again.')
-    if store.kind == 'memmap': store.claim(facts)
+    if store.kind == 'memmap':
+        if (owner := store.directory/'owner.json').exists(): check_same_run(store.directory, read_json(owner), facts)
+        store.claim(facts)
     if source is not None: return load_checkpoint(source, facts, store)
     if store.kind == 'sqlite' and left:  # killed between the commit and its checkpoint file
         header, statuses = store.progress()
-        check_same_config(store.path, header['run'], facts)
+        check_same_run(store.path, header['run'], facts)
         return Progress(facts, header['totals'], bytes(statuses))
     store.restore({}, {})
     store.settle()
     return Progress(facts)
 
-# %% ../../nbs/groove/16_train.ipynb #ba130cba
+# %% ../../nbs/groove/16_train.ipynb #16470632
 def _finished(output, finished, facts):
     "The model at `output` if this run made it, None if there is none; raises `MismatchError` if another run did"
     if not (finished.exists() and output.exists()): return None
-    check_same_config(output, read_json(finished), facts)
+    check_same_run(output, read_json(finished), facts)
     model = GrooveModel.load(output, verify=True)
     coverage = shard_coverage(facts['list_hash'], facts['shard_index'], facts['num_shards'])
     return model if (model.config.to_dict(), model.coverage) == (facts['config'], coverage) else None  # else something else was put there
@@ -496,6 +509,7 @@ def train_model(
             _tidy(store, checkpoint)
             return _summary(run, output, done.totals, start, 0)
         finished.unlink(missing_ok=True)
+        if not len(files): LOG.warning('The list is empty: the model will be, too.')
         state = _begin(run, config, files, facts, checkpoint, store)
         before = state.processed
         _count_all(files, config, run, table, store, state, checkpoint)
