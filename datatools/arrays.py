@@ -120,7 +120,7 @@ def write_arrays(
     with array_writer(path, kind, header) as writer:
         for name, array in arrays.items(): writer.append(name, array)
 
-# %% ../nbs/03_arrays.ipynb #7c7f3c98
+# %% ../nbs/03_arrays.ipynb #9fdff04f
 def _explain(head):
     "What a file that is not an array file looks like, in words"
     if head[:1] == b'\x80' and head[1:2] in b'\x02\x03\x04\x05': return 'it is a pickle, which could run any code; datatools does not open pickles. Make the file again with datatools'
@@ -163,18 +163,28 @@ class ArrayFile:
         if not whole or entry['offset'] + dtype.itemsize * math.prod(shape) > size:
             raise FormatError(f'{self.path} is damaged: array {name!r} ({dtype}, {shape}) does not fit its {size} bytes.')
 
-    def __contains__(self, name): return name in self._entries
-    def __iter__(self): return iter(self._entries)
-    def __repr__(self): return f'ArrayFile({str(self.path)!r}, kind={self.kind!r}, arrays={list(self._entries)})'
+# %% ../nbs/03_arrays.ipynb #7e5ce62b
+@patch
+def __contains__(self:ArrayFile, name): return name in self._entries
 
-    def __getitem__(self,
-        name:str,  # of an array
-    ):             # the array, memory-mapped, read-only
-        if name not in self._entries: raise bad_value('name', name, list(self._entries))
-        entry = self._entries[name]
-        shape = tuple(entry['shape'])
-        if not math.prod(shape): return np.zeros(shape, entry['dtype'])
-        return np.memmap(self.path, entry['dtype'], 'r', entry['offset'], shape)
+
+@patch
+def __iter__(self:ArrayFile): return iter(self._entries)
+
+
+@patch
+def __repr__(self:ArrayFile): return f'ArrayFile({str(self.path)!r}, kind={self.kind!r}, arrays={list(self._entries)})'
+
+
+@patch
+def __getitem__(self:ArrayFile,
+    name:str,  # of an array
+):             # the array, memory-mapped, read-only
+    if name not in self._entries: raise bad_value('name', name, list(self._entries))
+    entry = self._entries[name]
+    shape = tuple(entry['shape'])
+    if not math.prod(shape): return np.zeros(shape, entry['dtype'])
+    return np.memmap(self.path, entry['dtype'], 'r', entry['offset'], shape)
 
 # %% ../nbs/03_arrays.ipynb #251dd119
 @patch

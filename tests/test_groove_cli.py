@@ -258,7 +258,7 @@ def test_odd_files_all_at_once(shared_data, tmp_path):
         else:
             assert str(path) not in report
             onsets += len(part.tick)
-    assert summary['onsets'] == onsets
+    assert summary['onsets'] + summary['unmapped'] + summary['doubled'] == onsets
     for name, reason in dict(riff_rmi='riff_container', div0='division_zero', fmt2='unsupported_format', fmt7='unsupported_format', ntrks0='no_tracks', smpte_e728='smpte_division', tempo0='tempo_zero',
             ts_num0='bad_time_signature', noEOT='no_end_of_track', chunklen_huge='truncated', sysex_unterminated='truncated', data_byte_first='bad_running_status').items():
         assert report[str(folder/f'synthetic/{name}.mid')] == reason
@@ -555,9 +555,12 @@ def test_export(model, tmp_path):
 
 
 def test_output_that_cannot_be_written(model, tmp_path):
-    for arguments in (['export', model, '--arpa', tmp_path/'no/x'], ['sample', model, '--out-midi', tmp_path/'no/x']):
+    for arguments in (['export', model, '--arpa', tmp_path/'new/folder/x'], ['sample', model, '--out-midi', tmp_path/'new/folder/y']): command(*arguments)
+    assert {path.name for path in (tmp_path/'new/folder').iterdir()} == {'x', 'y'}
+    (tmp_path/'file').write_text('no folder')
+    for arguments in (['export', model, '--arpa', tmp_path/'file/x'], ['sample', model, '--out-midi', tmp_path/'file/x']):
         said = command(*arguments, code=1)
-        assert str(tmp_path/'no/x') in said and '.tmp' not in said
+        assert str(tmp_path/'file') in said and '.tmp' not in said
     with open('/dev/full', 'w') as full:
         done = subprocess.run([sys.executable, '-m', 'datatools.groove', 'info', model], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert done.returncode == 1 and done.stderr.startswith('Error: ') and done.stderr.count('\n') == 1

@@ -15,13 +15,14 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from typer.testing import CliRunner
 
 from datatools.core import FormatError
 from datatools.groove.__main__ import app
-from datatools.groove.counts import read_order_shards
+from datatools.groove.counts import KeyLayout, MemmapStore, read_order_shards
 from datatools.testing import write_drum_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -296,11 +297,10 @@ def test_killed_at_random_moments(process, corpus, tmp_path, store, jobs):
 
 
 def test_ctrl_c(process, corpus, tmp_path):
-    running = {}
+    reference(corpus, tmp_path)  # compiles, so that the processes do not have to
     for jobs in (1, 2):
-        arguments = [corpus, '-o', tmp_path/f'{jobs}', '--n-jobs', jobs, '--save-every', 2]
-        running[jobs] = process(0.15, *arguments), tmp_path/f'{jobs}.checkpoints/shard-0-of-1.checkpoint'
-    for jobs, (each, checkpoint) in running.items():
+        arguments, checkpoint = [corpus, '-o', tmp_path/f'{jobs}', '--n-jobs', jobs, '--save-every', 2], tmp_path/f'{jobs}.checkpoints/shard-0-of-1.checkpoint'
+        each = process(0.15, *arguments)
         wait_until(lambda: checkpoint.exists() or each.poll() is not None)
         family = psutil.Process(each.pid).children(recursive=True)
         assert len(family) >= jobs if jobs > 1 else not family
@@ -515,3 +515,62 @@ def test_a_finished_model_of_another_run_is_not_taken_for_done(corpus, tmp_path)
     before = sha(tmp_path/'other')
     done = CliRunner().invoke(app, ['train', str(corpus), '-o', str(tmp_path/'other'), '--checkpoint-dir', str(tmp_path/'checkpoints'), '--resume', '--log-every', '0'])
     assert done.exit_code == 1 or sha(tmp_path/'other') == sha(tmp_path/'one') != before
+
+
+def test_merging_a_checkpoint_whose_counts_are_gone_is_refused(corpus, tmp_path):
+    (tmp_path/'list').write_text('\n'.join(map(str, sorted(corpus.glob('loop*.mid')))))
+    for store in ('memmap', 'sqlite'):
+        arguments = ['--from-filelist', tmp_path/'list', '--log-every', 0, '--save-every', 1, '-o', tmp_path/store, '--store', store]
+        command('train', *arguments, '--fail-fast', code=1)
+        checkpoint = tmp_path/f'{store}.checkpoints/shard-0-of-1.checkpoint'
+        command('merge', checkpoint, '-o', tmp_path/'whole')
+        for path in tmp_path.glob(f'{store}.*'):
+            if 'checkpoints' in path.name: continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        assert 'which is not there' in command('merge', checkpoint, '-o', tmp_path/'x', code=1)
+        assert not (tmp_path/'x').exists() and not list(tmp_path.glob(f'{store}.counts')) and not list(tmp_path.glob(f'{store}.sqlite'))
+
+
+def test_a_finished_run_never_touches_the_counts_of_another(corpus, tmp_path):
+    (tmp_path/'list').write_text('\n'.join(map(str, sorted(corpus.glob('loop*.mid')))))
+    train(corpus, '-o', tmp_path/'done')
+    other = ['--from-filelist', tmp_path/'list', '--log-every', 0, '--save-every', 1, '-o', tmp_path/'other', '--store', 'memmap', '--memmap-dir', tmp_path/'counts']
+    command('train', *other, '--fail-fast', code=1)
+    before = sorted((tmp_path/'counts/runs').iterdir())
+    assert 'another file list' in command('train', corpus, '-o', tmp_path/'done', '--store', 'memmap', '--memmap-dir', tmp_path/'counts', '--resume', code=1)
+    assert before and sorted((tmp_path/'counts/runs').iterdir()) == before
+
+
+def test_a_finished_run_may_be_started_again(corpus, tmp_path):
+    for store in ('memory', 'memmap', 'sqlite'):
+        train(corpus, '-o', tmp_path/store, '--store', store)
+        first = sha(tmp_path/store)
+        train(corpus, '-o', tmp_path/store, '--store', store)
+        assert sha(tmp_path/store) == first == sha(tmp_path/'memory')
+
+
+def test_names_that_look_like_line_ends_survive_a_merge(corpus, tmp_path):
+    (tmp_path/'list').write_text('\n'.join([*map(str, sorted(corpus.glob('loop*.mid'))), str(tmp_path/'no\u2028such.mid'), str(tmp_path/'nor\x85this.mid')]))
+    for k in range(2): command('train', '--from-filelist', tmp_path/'list', '--log-every', 0, '-o', tmp_path/f'{k}', '--num-shards', 2, '--shard-index', k)
+    command('merge', tmp_path/'0', tmp_path/'1', '-o', tmp_path/'both')
+    assert [json.loads(line)['reason'] for line in (tmp_path/'both.skipped.jsonl').read_text().split('\n') if line].count('missing') == 2
+    (tmp_path/'0.skipped.jsonl').write_text('{damaged')
+    assert 'is damaged' in command('merge', tmp_path/'0', tmp_path/'1', '-o', tmp_path/'x', code=1) and not (tmp_path/'x').exists()
+
+
+def test_a_memory_limit_binds(small_store):
+    "The memmap store stays below its limit, whatever is counted, and writes to disk instead"
+    store, limit = small_store, 3_000_000
+    rng, most = np.random.default_rng(0), 0
+    for _ in range(60):
+        store.add('ngram', rng.integers(0, 2**63, (20_000, 1)).astype(np.uint64))
+        most = max(most, store.bytes)
+    assert most < 2 * limit and sum(rows for _, rows in store.files['ngram']) > 1_000_000
+    assert sum(int(counts.sum()) for _, counts in store.blocks('ngram')) == 60 * 20_000
+
+
+@pytest.fixture
+def small_store(tmp_path):
+    store = MemmapStore(tmp_path/'counts', lambda name: KeyLayout((32, 32)), buckets=1 << 14, memory_bytes=3_000_000)
+    yield store
+    store.close()

@@ -7,9 +7,10 @@ __all__ = ['app', 'FLAGS', 'LoopsDir', 'Filelist', 'groove', 'clear_errors', 'sh
            'choose_store', 'train_command', 'merge_command', 'numbered', 'draw', 'as_json_groove', 'sample_command',
            'readable', 'eval_command', 'info_command', 'model_stats', 'stats_command', 'export_command']
 
-# %% ../../nbs/groove/19_main.ipynb #9ca92108
+# %% ../../nbs/groove/19_main.ipynb #76475db2
 import json
 import logging
+import os
 import re
 import sys
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from .model import GrooveModel, table_layout
 from .smoothing import modified_discounts
 from .train import FileList, Run, SkippedFile, auto_resolution, merge_files, read_bytes, train_model
 
-# %% ../../nbs/groove/19_main.ipynb #0fb85931
+# %% ../../nbs/groove/19_main.ipynb #fdf369a4
 app = typer.Typer(name='groove', help='Train n-gram models of drum grooves on corpora of any size, evaluate them, and sample grooves with feel.',
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -40,16 +41,21 @@ app = typer.Typer(name='groove', help='Train n-gram models of drum grooves on co
 def groove(): pass  # keeps the commands apart while there is only one
 
 
-FLAGS = dict(LOOPS_DIR='LOOPS_DIR', n='-n', bars='-l', velocity='--cond-velocity', style='--cond-style', grooves='grooves', num_shards='--num-shards')
+FLAGS = dict(LOOPS_DIR='LOOPS_DIR', path='-o', n='-n', bars='-l', velocity='--cond-velocity', style='--cond-style', grooves='grooves', num_shards='--num-shards')
 
 
 @contextmanager
-def clear_errors():
+def clear_errors(
+    interrupted='Interrupted.',  # what to say on Ctrl-C
+):
     "Turn expected errors into one line and an exit code: 2 for wrong usage, 1 for what failed, 130 for Ctrl-C"
     try: yield
     except KeyboardInterrupt:
-        typer.secho('Interrupted. What the last checkpoint holds is safe: the same command with --resume goes on from there.', fg='red', err=True)
+        typer.secho(interrupted, fg='red', err=True)
         raise typer.Exit(130) from None
+    except BrokenPipeError:  # whoever reads our output has heard enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
     except MemoryError:
         typer.secho('Error: not enough memory. Ask for fewer or shorter grooves, or give a smaller model.', fg='red', err=True)
         raise typer.Exit(1) from None
@@ -91,7 +97,7 @@ def choose_store(train_mode, store):
         raise bad_value('--store', store.value, 'memory with --train-mode memory; memmap or sqlite with --train-mode stream', 'Leave one of the two out.')
     return store.value
 
-# %% ../../nbs/groove/19_main.ipynb #bbb76f6b
+# %% ../../nbs/groove/19_main.ipynb #eb1f20d9
 LoopsDir = Annotated[Optional[Path], typer.Argument(metavar='LOOPS_DIR', help='Directory with .mid files; all below it are taken.')]
 Filelist = Annotated[Optional[str], typer.Option('--from-filelist', metavar='FILE', help='List of files, one per line; - reads standard input.')]
 
@@ -134,7 +140,7 @@ def train_command(
 ):
     "Count a corpus, or one shard of it, and write the model."
     logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)
-    with clear_errors():
+    with clear_errors('Interrupted. What was counted is in the checkpoint: the same command with --resume goes on from there.'):
         config = GrooveConfig(order, drum_map.value, resolution, beats_per_bar, min_bytes, min_notes, aux_key)
         kind = choose_store(train_mode, store)
         if aux_csv is not None and aux_key is None: raise bad_value('--aux-csv', str(aux_csv), 'used together with --aux-key', 'Add --aux-key style.')
@@ -178,7 +184,7 @@ def as_json_groove(grooves, index):
     hits = [dict(tick=tick, pitch=pitch, velocity=velocity) for tick, pitch, velocity in zip(part.tick.tolist(), part.pitch.tolist(), part.velocity.tolist())]
     return dict(index=index, tempo=part.tempo, ticks_per_beat=part.ticks_per_beat, hits=hits)
 
-# %% ../../nbs/groove/19_main.ipynb #de723182
+# %% ../../nbs/groove/19_main.ipynb #b97f772a
 @app.command('sample')
 def sample_command(
     model:Annotated[Path, typer.Argument(metavar='MODEL', help='Model file.')],
@@ -200,6 +206,7 @@ def sample_command(
         trained = GrooveModel.load(model, verify=True)
         if not trained.totals['onsets']: typer.secho('This model has counted nothing: every hit is as likely as any other.', fg='yellow', err=True)
         grooves = trained.generate(bars, count, seed, cond_style, cond_velocity, temperature, temperature_end, top_k, top_p, novelty)
+        if out_midi is not None: out_midi.parent.mkdir(parents=True, exist_ok=True)
         for index in range(count):
             if out_midi is not None:
                 write_drums(path := numbered(out_midi, index, count), grooves[index])
@@ -285,7 +292,7 @@ def stats_command(
         typer.echo(f'\n{"order":>5} {"distinct":>12} {"seen once":>12}  discounts (1, 2, 3 and more)')
         for order, row in facts['orders'].items(): typer.echo(f'{order:>5} {row["distinct"]:>12,} {row["once"]:>12,}  {row["discounts"]}')
 
-# %% ../../nbs/groove/19_main.ipynb #2369850e
+# %% ../../nbs/groove/19_main.ipynb #ac654424
 @app.command('export')
 def export_command(
     model:Annotated[Path, typer.Argument(metavar='MODEL', help='Model file.')],
@@ -293,6 +300,7 @@ def export_command(
 ):
     "Write the n-gram model for other language-model tools."
     with clear_errors():
+        arpa.parent.mkdir(parents=True, exist_ok=True)
         counts = write_arpa(GrooveModel.load(model, verify=True), arpa)
         show(dict(output=str(arpa), ngrams={f'order {order}': count for order, count in counts.items()}), False)
 

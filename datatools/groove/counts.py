@@ -123,7 +123,7 @@ def _tally(keys, start, slots, counters, used, limit, weights):
         counters[slot] += np.uint32(1) if weights is None else weights[i]
     return len(keys), used
 
-# %% ../../nbs/groove/12_counts.ipynb #2957f384
+# %% ../../nbs/groove/12_counts.ipynb #c0a4bba6
 @njit(cache=True)
 def _sort_rows(keys, counts):
     "Keys and their counts, ascending: a radix sort by bytes, the least significant first; bytes that all rows share cost no pass"
@@ -146,7 +146,7 @@ def _sort_rows(keys, counts):
             keys, other_keys, counts, other_counts = other_keys, keys, other_counts, counts
     return keys, counts
 
-
+# %% ../../nbs/groove/12_counts.ipynb #63955c1e
 def sort_order(
     keys,  # uint64 (rows, words)
 ):         # int64 (rows,): the permutation that sorts them
@@ -578,7 +578,7 @@ def clear(self:MemmapStore):
     self.tallies, self.files = {}, {}
     self.settle()
 
-# %% ../../nbs/groove/12_counts.ipynb #d2a2c99e
+# %% ../../nbs/groove/12_counts.ipynb #913f6830
 def read_order_shards(
     directory,   # a `--memmap-dir`
     order:int,   # K
@@ -598,6 +598,8 @@ def read_order_shards(
     rows = sum(len(shard['counts']) for shard in shards)
     if (len(shards), rows) != (facts['shards'], facts['rows']):
         raise FormatError(f'{directory}/order_{order} has {len(shards)} shards with {rows} rows, meta.json says {facts["shards"]} with {facts["rows"]}.')
+    widest = 'uint64' if any(shard['counts'].dtype == np.uint64 for shard in shards) else 'uint32'
+    if widest != facts.get('dtype'): raise FormatError(f'{directory}/order_{order} has {widest} counts, meta.json says {facts.get("dtype")}.')
     return meta, shards
 
 # %% ../../nbs/groove/12_counts.ipynb #621609e0
@@ -632,7 +634,7 @@ class SqliteStore(MemoryStore):
             self.close()
             raise FormatError(f'{path} cannot be used as a database: {error}. Give another --db-path.') from error
 
-# %% ../../nbs/groove/12_counts.ipynb #756e4a5e
+# %% ../../nbs/groove/12_counts.ipynb #2709cdd9
 @patch
 def _make_room(self:SqliteStore):
     if self.bytes > self.memory_bytes: self.spill()
@@ -678,7 +680,7 @@ def _upsert(self:SqliteStore):
         rows = ((blob[i * width:(i + 1) * width], count) for i, count in enumerate(counts.tolist()))
         self.connection.executemany(f'INSERT INTO {table} VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET count = count + excluded.count', rows)
 
-
+# %% ../../nbs/groove/12_counts.ipynb #0dde08f1
 @patch
 def names(self:SqliteStore):
     tables = self.connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE 'counts_%'")
@@ -698,7 +700,7 @@ def blocks(self:SqliteStore, name, block_rows=1 << 16):
 @patch
 def close(self:SqliteStore): self._stack.close()
 
-# %% ../../nbs/groove/12_counts.ipynb #9cbf0159
+# %% ../../nbs/groove/12_counts.ipynb #9cd9b03f
 @patch
 def state(self:SqliteStore, progress):
     "(facts, arrays) for a checkpoint: counts and `progress` (JSON facts, uint8 array of statuses) are committed together"
@@ -712,6 +714,14 @@ def state(self:SqliteStore, progress):
 
 @patch
 def restore(self:SqliteStore, facts, arrays): "Nothing to do: the database is the state"
+
+
+@patch
+def reset(self:SqliteStore):
+    "Forget all counts, to start again"
+    with self._explained():
+        for name in self.names(): self.connection.execute(f'DROP TABLE {_table(name)}')
+        self.connection.execute('DELETE FROM progress')
 
 
 @patch

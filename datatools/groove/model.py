@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MODEL_KIND', 'MODEL_VERSION', 'EXPERT_WEIGHTS', 'STYLE_WEIGHT', 'TICKS_PER_BEAT', 'table_layout', 'count_events',
-           'shard_coverage', 'merge_coverage', 'is_complete', 'empty_totals', 'add_totals', 'write_model',
+           'shard_coverage', 'merge_coverage', 'is_complete', 'empty_totals', 'note_kept', 'add_totals', 'write_model',
            'GrooveModel', 'as_events', 'check_mergeable', 'Grooves']
 
-# %% ../../nbs/groove/15_model.ipynb #aea6a874
+# %% ../../nbs/groove/15_model.ipynb #718450e7
 import math
 from html import escape
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastcore.basics import chunked, patch
 from ..arrays import ArrayFile, array_writer, narrow_counts
 from ..core import FormatError, MismatchError, bad_value, check_same_config, human_bytes, seed_for
 from .counts import KeyLayout, MemoryStore, merge_runs, ngram_keys
-from .events import Events, GrooveConfig, drum_lookup, tokenise
+from .events import TO_CLASS, UNMAPPED, Events, GrooveConfig, drum_lookup, tokenise
 from .midi import DrumPart, read_drums
 from .sampling import FEEL_LAYOUT, build_feel, counter_seeds, sample_feel, sample_tokens
 from .smoothing import build_trie, join, score_tokens, sharpen
@@ -61,7 +61,7 @@ def count_events(
         onsets = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in files])
         for name, rows in (('ngram', onsets), ('feel', onsets), ('tempo', files)): store.add(f'{name}@{value}', keys[name][rows])
 
-# %% ../../nbs/groove/15_model.ipynb #32fda1cc
+# %% ../../nbs/groove/15_model.ipynb #fa82849c
 def shard_coverage(
     list_hash:str,       # of the file list
     shard_index:int,     # k
@@ -86,7 +86,7 @@ def merge_coverage(
         finished = [each for part in parts for start in part['residues'] for each in range(start, modulus, part['modulus'])]
         begun = [each for shard, shards, _ in partial for each in range(shard, modulus, shards)]
         if len({*finished, *begun}) < len(finished) + len(begun):
-            raise MismatchError(f'Two parts have counted the same files (of list {name[:12]}…). Merge each shard once.')
+            raise MismatchError(f'Two parts have counted the same files (of list {name[:12]}…). Merge each shard once. If these are different corpora whose files have the same names, train them from lists (--from-filelist).')
         merged[name] = dict(_canonical(modulus, set(finished)), partial=partial)
     return merged
 
@@ -94,8 +94,9 @@ def merge_coverage(
 def _canonical(modulus, residues):
     "The smallest modulus that describes a set of residues"
     for smaller in range(1, modulus + 1):
+        if modulus % smaller: continue
         folded = {each % smaller for each in residues}
-        if modulus % smaller == 0 and len(folded) * (modulus // smaller) == len(residues): return dict(modulus=smaller, residues=sorted(folded))
+        if len(folded) * (modulus // smaller) == len(residues): return dict(modulus=smaller, residues=sorted(folded))
 
 
 def is_complete(
@@ -104,7 +105,7 @@ def is_complete(
     "Whether all files of all lists are counted"
     return all(part == dict(modulus=1, residues=[0], partial=[]) for part in coverage.values())
 
-# %% ../../nbs/groove/15_model.ipynb #9484897d
+# %% ../../nbs/groove/15_model.ipynb #b5d44b16
 MODEL_KIND, MODEL_VERSION = 'groove model', 1
 EXPERT_WEIGHTS = dict(ngram=0.5, position=0.5)  # chosen on validation data, see below
 STYLE_WEIGHT = 0.3                               # share of the style's own n-grams when one is asked for
@@ -112,7 +113,17 @@ STYLE_WEIGHT = 0.3                               # share of the style's own n-gr
 
 def empty_totals():
     "Totals of nothing"
-    return dict(kept=0, skipped={}, onsets=0, unmapped=0, bars=0)
+    return dict(kept=0, skipped={}, onsets=0, unmapped=0, doubled=0, bars=0)
+
+
+def note_kept(
+    totals:dict,    # changed in place
+    events:Events,  # a performance that is counted
+    unmapped:int,   # onsets left out because the alphabet does not have their drum
+    doubled:int,    # onsets left out because the same drum sounds louder on their step
+):
+    "Add one performance to totals"
+    for name, number in (('kept', 1), ('onsets', len(events.token)), ('unmapped', unmapped), ('doubled', doubled), ('bars', events.bars)): totals[name] += number
 
 
 def add_totals(
@@ -121,7 +132,7 @@ def add_totals(
     "Add up totals"
     total = empty_totals()
     for part in parts:
-        for name in ('kept', 'onsets', 'unmapped', 'bars'): total[name] += part[name]
+        for name in ('kept', 'onsets', 'unmapped', 'doubled', 'bars'): total[name] += part[name]
         for reason, number in part['skipped'].items(): total['skipped'][reason] = total['skipped'].get(reason, 0) + number
     return total
 
@@ -142,7 +153,7 @@ def write_model(
                 writer.append(f'{name}/keys', keys)
                 writer.append(f'{name}/counts', narrow_counts(counts))
 
-# %% ../../nbs/groove/15_model.ipynb #4161bfef
+# %% ../../nbs/groove/15_model.ipynb #cf469d12
 class GrooveModel:
     "An n-gram model of drum grooves: exact counts, and probabilities computed from them"
     def __init__(self,
@@ -185,23 +196,26 @@ class GrooveModel:
         return self.tables.get(name, empty)
 
     @property
-    def styles(self):  # sorted list of str
+    def styles(self):
+        "Sorted values of the aux key that were counted"
         return sorted(name.partition('@')[2] for name in self.tables if name.startswith('ngram@'))
 
     def __repr__(self):
         return f'GrooveModel(order={self.config.order}, drum_map={self.config.drum_map!r}, files={self.totals["kept"]:,}, onsets={self.totals["onsets"]:,})'
 
-# %% ../../nbs/groove/15_model.ipynb #dd1bcbf2
+# %% ../../nbs/groove/15_model.ipynb #cbca4e2a
 def as_events(
     groove,               # Events, DrumPart, a path, or the bytes of a MIDI file
     config:GrooveConfig,  # alphabet and grid
-):                        # (Events, tempo in beats per minute)
+):                        # (Events, tempo in beats per minute, onsets left out because unmapped, and because doubled)
     "Bring a performance in any form to events"
-    if isinstance(groove, Events): return groove, 120.0
+    if isinstance(groove, Events): return groove, 120.0, 0, 0
     if isinstance(groove, (str, Path)): groove = Path(groove).read_bytes()
     if isinstance(groove, bytes): groove = read_drums(groove)
     if not isinstance(groove, DrumPart): raise bad_value('groove', type(groove).__name__, 'Events, a DrumPart, a path, or the bytes of a MIDI file')
-    return tokenise(groove, config), groove.tempo
+    events = tokenise(groove, config)
+    unmapped = int(np.count_nonzero(TO_CLASS[config.drum_map][groove.pitch] == UNMAPPED))
+    return events, groove.tempo, unmapped, len(groove.tick) - unmapped - len(events.token)
 
 
 @patch
@@ -210,13 +224,14 @@ def update(self:GrooveModel,
     values=None,  # iterable of values of the aux_key, one per groove; None without
 )->GrooveModel:   # itself
     "Count more performances"
-    pairs = [as_events(groove, self.config) for groove in grooves]
-    values = [None] * len(pairs) if values is None else list(values)
-    if len(values) != len(pairs): raise bad_value('values', f'{len(values)} values', f'one per groove, {len(pairs)}')
+    read = [as_events(groove, self.config) for groove in grooves]
+    values = [None] * len(read) if values is None else list(values)
+    if len(values) != len(read): raise bad_value('values', f'{len(values)} values', f'one per groove, {len(read)}')
     store = MemoryStore(lambda name: table_layout(self.config, name))
     for name, run in self.tables.items(): store.add_run(name, *run)
-    count_events(store, self.config, [events for events, _ in pairs], [tempo for _, tempo in pairs], values)
-    added = dict(kept=len(pairs), skipped={}, onsets=sum(len(events.token) for events, _ in pairs), unmapped=0, bars=sum(events.bars for events, _ in pairs))
+    count_events(store, self.config, [events for events, *_ in read], [tempo for _, tempo, *_ in read], values)
+    added = empty_totals()
+    for events, _, unmapped, doubled in read: note_kept(added, events, unmapped, doubled)
     self.__init__(self.config, self.coverage, add_totals([self.totals, added]), {name: next(store.blocks(name)) for name in store.names()})
     self.__dict__.pop('_tries', None)
     return self
@@ -231,7 +246,7 @@ def fit(self:GrooveModel,
     self.__init__(self.config)
     return self.update(grooves, values)
 
-# %% ../../nbs/groove/15_model.ipynb #7aab69de
+# %% ../../nbs/groove/15_model.ipynb #328bf1f6
 def check_mergeable(
     names,      # of the parts, for messages
     configs,    # GrooveConfig of each
@@ -246,14 +261,14 @@ def check_mergeable(
 def merge(self:GrooveModel,
     *others,      # GrooveModels of the same configuration
 )->GrooveModel:   # a new model
-    "Add up models; raises `MismatchError` on another configuration or the same files twice"
+    "Add up models; raises `MismatchError` on another configuration, or where two have counted the same files of one list"
     models = [self, *others]
     coverage = check_mergeable([repr(model) for model in models], [model.config for model in models], [model.coverage for model in models])
     names = sorted({name for model in models for name in model.tables})
     tables = {name: merge_runs([model.tables[name] for model in models if name in model.tables]) for name in names}
     return GrooveModel(self.config, coverage, add_totals([model.totals for model in models]), tables)
 
-# %% ../../nbs/groove/15_model.ipynb #7ef5f7ff
+# %% ../../nbs/groove/15_model.ipynb #abed3f52
 @patch
 def experts(self:GrooveModel,
     style:str=None,    # weigh this style's own n-grams in; 'funk' stands for 'funk' and 'funk/…'
@@ -291,7 +306,7 @@ def score(self:GrooveModel,
     style:str=None,   # score as a performance of this style
 ):                    # float64 (onsets,): log2 probability of each onset, 0 or below
     "How likely each onset of a performance is, given all before it"
-    events, _ = as_events(groove, self.config)
+    events = as_events(groove, self.config)[0]
     return score_tokens(self.experts(style), events.token, events.position, [0, len(events.token)], self.config.vocabulary, self.config.classes, recall)
 
 # %% ../../nbs/groove/15_model.ipynb #1ac9902c
@@ -322,7 +337,7 @@ def perplexity(self:GrooveModel,
     "Two to the power of the bits per onset"
     return self.evaluate(grooves)['perplexity']
 
-# %% ../../nbs/groove/15_model.ipynb #1e47f456
+# %% ../../nbs/groove/15_model.ipynb #a6b85039
 TICKS_PER_BEAT = 480
 
 
@@ -346,16 +361,29 @@ class Grooves:
 
     def events(self,
         index:int,  # of a groove
-    )->Events:      # as the model sees it
+    )->Events:
+        "A groove as the model sees it"
         return tokenise(self[index], self.config)
 
 
 def _median_tempo(tables):
     "The median tempo of tempo tables, 120 if they are empty"
-    tempo, counts = (np.concatenate(column) for column in zip(*((keys[:, 0] >> np.uint64(48), counts) for keys, counts in tables)))
+    keys, counts = merge_runs(tables)
+    tempo = table_layout(GrooveConfig(), 'tempo').unpack(keys)[:, 0]
     return float(tempo[np.searchsorted(np.cumsum(counts), counts.sum() / 2)]) if len(tempo) else 120.0
 
-# %% ../../nbs/groove/15_model.ipynb #3ca6b776
+
+def _gain(feel, wanted):
+    "The factor on velocities that brings their mean, clipped to 1 … 127, to what is wanted"
+    if not len(feel.velocity): return 1.0
+    low, high = 0.0, 128.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        mean = np.average(np.clip((feel.velocity * 4 + 1.5) * middle, 1, 127), weights=np.diff(feel.running))
+        low, high = (middle, high) if mean < wanted else (low, middle)
+    return middle
+
+# %% ../../nbs/groove/15_model.ipynb #2bd97014
 @patch
 def generate(self:GrooveModel,
     bars:int=4,                # length of each groove
@@ -382,7 +410,7 @@ def generate(self:GrooveModel,
     step = total[1:] - np.repeat(total[starts[:-1]], np.diff(starts))
     drum = (token % config.classes).astype(np.int64)
     loudness, late = sample_feel(feel, drum, np.minimum(step % config.longest_gap, 254), starts, seeds)
-    if velocity is not None: loudness *= velocity / max(1.0, np.average(feel.velocity * 4 + 2.0, weights=np.diff(feel.running))) if len(feel.velocity) else 1.0
+    if velocity is not None: loudness *= _gain(feel, velocity)
     earliest = -((1 - 2 * step) * TICKS_PER_BEAT // (2 * config.resolution))  # first tick that is rounded to this step
     tick = np.maximum(np.maximum(0, earliest), np.floor((step + late) * TICKS_PER_BEAT / config.resolution).astype(np.int64))
     pitch = drum_lookup(config.drum_map)[1][drum]

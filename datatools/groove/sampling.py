@@ -59,7 +59,7 @@ def _draw(trie, token, begin, i, position, start_token, excluded, state, path):
         if drawn > excluded: return drawn
     return excluded + 1 + np.int64(_uniform(state) * (start_token - excluded - 1))  # nearly all mass is excluded
 
-# %% ../../nbs/groove/14_sampling.ipynb #60bc929b
+# %% ../../nbs/groove/14_sampling.ipynb #06bd2423
 RECALL_REACH = 1000  # of the onsets that followed a history, the last so many are drawn from
 
 
@@ -87,7 +87,7 @@ def _doubled(memory, onsets):
         larger.key[new], larger.count[new], larger.newest[new] = memory.key[old], memory.count[old], memory.newest[old]
     return larger
 
-
+# %% ../../nbs/groove/14_sampling.ipynb #90a7fb64
 @njit(cache=True)
 def _remember(memory, keys, slots, known, i, used):
     "Note that onset i followed these histories; slots used now"
@@ -223,17 +223,21 @@ def _sample_many(trie, seeds, bars, bar_steps, start_token, classes, heat, top_k
         out, starts[groove + 1] = _sample_one(trie, out, starts[groove], bars, bar_steps, start_token, classes, heat, top_k, top_p, strength, state, path, p, keys, slots)
     return out[:starts[-1]], starts
 
-# %% ../../nbs/groove/14_sampling.ipynb #bac2170c
+# %% ../../nbs/groove/14_sampling.ipynb #594c7387
 def in_threads(
     work,       # function of a slice of the grooves
     count:int,  # grooves
 ):              # list of results, in order
-    "Deal a batch to one thread per processor, 64 grooves or more to each"
+    "Deal a batch to one thread per processor, 128 grooves at a time"
     processors = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    edges = np.linspace(0, count, max(1, min(processors, count // 64)) + 1).astype(int).tolist()
+    edges = np.linspace(0, count, max(1, -(-count // 128)) + 1).astype(int).tolist()
     parts = [slice(*edge) for edge in zip(edges[:-1], edges[1:])]
     if len(parts) == 1: return [work(parts[0])]
-    with ThreadPoolExecutor(len(parts)) as pool: return list(pool.map(work, parts))
+    with ThreadPoolExecutor(processors) as pool:
+        try: return list(pool.map(work, parts))
+        except BaseException:  # Ctrl-C: what has not begun need not be done
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 # %% ../../nbs/groove/14_sampling.ipynb #9a46326f
 def sample_tokens(

@@ -138,7 +138,7 @@ def _assemble(columns, counts, vocabulary, first_token_column, placed):
     return Trie(np.concatenate(symbols).astype(np.int32), _int32(np.concatenate([[1], 1 + np.cumsum(np.concatenate(child_counts))])),
         _int32(np.concatenate([[0], np.cumsum(lengths)])), backoff, token.astype(np.int32), mass, np.zeros(1, np.int64), np.array([placed]), np.ones(1))
 
-# %% ../../nbs/groove/13_smoothing.ipynb #8dab5469
+# %% ../../nbs/groove/13_smoothing.ipynb #a216bfba
 @njit(cache=True)
 def _search(array, low, high, value):
     "First index in array[low:high] whose entry is not below `value`"
@@ -182,7 +182,7 @@ def _up_to(trie, node, value):
     at = _search(trie.token, start, end, value + 1)
     return trie.mass[at - 1] if at > start else 0.0
 
-
+# %% ../../nbs/groove/13_smoothing.ipynb #ae0bdaf0
 @njit(cache=True)
 def forecast(trie, token, begin, i, position, start_token, excluded, wanted, path):
     "Probability of token `wanted` as onset i, by all experts, given that it is none of 0 … `excluded` (-1: none excluded)"

@@ -9,18 +9,20 @@ __all__ = ['MIDI_SUFFIXES', 'KEPT', 'LARGEST_FILE', 'BATCH_FILES', 'BATCH_ONSETS
            'load_checkpoint', 'BadFile', 'train_model', 'skip_report_path', 'write_skip_report', 'merge_skip_reports',
            'open_part', 'merge_files', 'auto_resolution']
 
-# %% ../../nbs/groove/16_train.ipynb #0bc39781
+# %% ../../nbs/groove/16_train.ipynb #7c448634
 import csv
 import gc
 import hashlib
 import json
 import logging
 import os
+import signal
 import stat
 import sys
+import threading
 import time
 from array import array
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
@@ -31,12 +33,12 @@ import yaml
 from fastcore.basics import patch
 
 from ..arrays import ArrayFile, write_arrays
-from ..core import (FormatError, MismatchError, atomic_write, bad_value, check_same_config, clean_temporaries,
+from ..core import (FormatError, MismatchError, UsageError, atomic_write, bad_value, check_same_config, clean_temporaries, config_hash,
     file_lock, hash_file, human_bytes, peak_rss_bytes, progress, read_json, rss_bytes, write_json)
-from .counts import MemmapStore, MemoryStore, SqliteStore, merge_blocks
-from .events import GrooveConfig, choose_resolution, tokenise, UNMAPPED, drum_lookup
+from .counts import MemmapStore, MemoryStore, SqliteStore, merge_blocks, read_order_shards
+from .events import GrooveConfig, choose_resolution
 from .midi import Fault, MidiFault, read_drums
-from .model import (MODEL_KIND, GrooveModel, add_totals, check_mergeable, count_events, empty_totals,
+from .model import (MODEL_KIND, GrooveModel, add_totals, as_events, check_mergeable, count_events, empty_totals, note_kept,
     is_complete, shard_coverage, table_layout, write_model)
 from ..jobs import run_tasks
 
@@ -66,7 +68,7 @@ class FileList:
         first = np.unique(codes, return_index=True)[1]
         self.duplicates = frozenset() if len(first) == len(codes) else frozenset(np.setdiff1d(np.arange(len(codes)), first).tolist())
 
-# %% ../../nbs/groove/16_train.ipynb #8a60b649
+# %% ../../nbs/groove/16_train.ipynb #1ad19cd8
 @patch(cls_method=True)
 def from_directory(cls:FileList,
     directory,           # searched with everything below it
@@ -91,7 +93,7 @@ def from_file(cls:FileList,
     except OSError as error: raise bad_value('--from-filelist', str(source), 'a readable file, or -', str(error)) from error
     with file: return cls(_names(file), None, max_files)
 
-
+# %% ../../nbs/groove/16_train.ipynb #1e86d72f
 @patch
 def __len__(self:FileList): return self.count
 
@@ -211,7 +213,7 @@ def read_aux_csv(
         except (csv.Error, UnicodeDecodeError) as error: raise FormatError(f'{path}, line {reader.line_num}: {error}. Mend the table.') from error
     return values
 
-# %% ../../nbs/groove/16_train.ipynb #6560e1ac
+# %% ../../nbs/groove/16_train.ipynb #b727d467
 BATCH_FILES, BATCH_ONSETS = 256, 1 << 16  # a batch ends at either
 
 
@@ -225,19 +227,14 @@ class Batch:
 
 
 def _read_file(path, is_duplicate, config, table):
-    "(events, tempo, aux value, raw onsets, unmapped onsets) of a file; raises `SkippedFile` or `MidiFault`"
+    "(events, tempo, aux value, unmapped onsets, doubled onsets) of a file; raises `SkippedFile` or `MidiFault`"
     if is_duplicate: raise SkippedFile(Skip.duplicate)
-    part = read_drums(read_bytes(path, config.min_bytes))
-    events = tokenise(part, config)
+    events, tempo, unmapped, doubled = as_events(read_bytes(path, config.min_bytes), config)
     if len(events.token) < config.min_notes: raise SkippedFile(Skip.below_min_notes, f'{len(events.token)} onsets')
-    unmapped = 0 if config.drum_map == 'pitch' else int(np.count_nonzero(_UNMAPPED[part.pitch]))
     value = None if config.aux_key is None else metadata_value(path, config.aux_key, table)
-    return events, part.tempo, value, len(part.tick), unmapped
+    return events, tempo, value, unmapped, doubled
 
-
-_UNMAPPED = drum_lookup('9')[0] == UNMAPPED
-
-# %% ../../nbs/groove/16_train.ipynb #21a7ec16
+# %% ../../nbs/groove/16_train.ipynb #07525d61
 def count_files(
     files,                # list of (path, is duplicate)
     config:GrooveConfig,  # what is counted
@@ -249,14 +246,14 @@ def count_files(
     batch, waiting, pending = Batch(), [], 0
     for path, is_duplicate in files:
         try:
-            *item, onsets, unmapped = _read_file(path, is_duplicate, config, table)
+            *item, unmapped, doubled = _read_file(path, is_duplicate, config, table)
             waiting.append(item)
             batch.statuses.append(KEPT)
-            for name, number in (('kept', 1), ('onsets', onsets), ('unmapped', unmapped), ('bars', item[0].bars)): batch.totals[name] += number
+            note_kept(batch.totals, item[0], unmapped, doubled)
             pending += len(item[0].token)
         except (SkippedFile, MidiFault) as error:
             status = error.status if isinstance(error, SkippedFile) else error.fault
-            if fail_fast and isinstance(error, MidiFault):
+            if fail_fast and isinstance(error, MidiFault) and error.fault is not Fault.no_drums:
                 batch.failure = path, str(error)
                 break
             batch.statuses.append(int(status))
@@ -276,7 +273,7 @@ def count_files_apart(
     batch = count_files(files, config, table, fail_fast, store)
     return replace(batch, tables={name: next(store.blocks(name)) for name in store.names()})
 
-# %% ../../nbs/groove/16_train.ipynb #8b2d1f40
+# %% ../../nbs/groove/16_train.ipynb #c29c591c
 @dataclass
 class Run:
     "How to train; nothing here changes the model"
@@ -287,7 +284,7 @@ class Run:
     db_path: Path | None = None         # for store sqlite
     hash_buckets: int = 1 << 20         # slots of each hash table
     max_rows_per_shard: int = 1_000_000 # rows of a shard file of the memmap store
-    max_ram_mb: int | None = None       # resident memory to stay within, MiB; None for no limit
+    max_ram_mb: int | None = None       # resident memory this process is to stay within (workers have their own), MiB; None for no limit
     n_jobs: int = 1                     # processes that read files
     save_every: int = 5000              # files between checkpoints, 0 for none
     checkpoint_dir: Path | None = None  # MODEL.checkpoints if None
@@ -319,7 +316,7 @@ class Run:
         if self.store == 'sqlite': return SqliteStore(self.db_path, layouts, self.hash_buckets, room)
         return MemoryStore(layouts, self.hash_buckets, room and room * 2)
 
-# %% ../../nbs/groove/16_train.ipynb #ec47f265
+# %% ../../nbs/groove/16_train.ipynb #85ad46a5
 CHECKPOINT_KIND, CHECKPOINT_VERSION = 'groove checkpoint', 1
 
 
@@ -337,9 +334,9 @@ class Progress:
 
     def header(self):
         skipped = sum(self.totals['skipped'].values())
-        return dict(version=CHECKPOINT_VERSION, run=self.facts, processed=self.processed, kept=self.totals['kept'], skipped=skipped, totals=self.totals)
+        return dict(version=CHECKPOINT_VERSION, run=self.facts, config_hash=config_hash(self.facts['config']), processed=self.processed, kept=self.totals['kept'], skipped=skipped, totals=self.totals)
 
-
+# %% ../../nbs/groove/16_train.ipynb #5b4772dd
 def check_same_run(
     where,     # file that the message names
     old:dict,  # the run it belongs to
@@ -362,7 +359,7 @@ def save_checkpoint(
     write_arrays(path, CHECKPOINT_KIND, dict(progress.header(), counts=facts), dict(arrays, status=statuses))
     store.settle()
 
-
+# %% ../../nbs/groove/16_train.ipynb #5be2de7c
 def load_checkpoint(
     path,        # a checkpoint
     facts:dict,  # what this run is: it must be the same
@@ -414,7 +411,7 @@ def _counted(batches, config, run, table, store):
 class BadFile(FormatError):
     "A malformed MIDI file stopped a run with fail_fast"
 
-# %% ../../nbs/groove/16_train.ipynb #4f20413e
+# %% ../../nbs/groove/16_train.ipynb #6add96c5
 def _report(run, progress, total, started, bar, since):
     "Move the bar, or log a line every `log_every` files"
     bar.update(progress.processed - bar.n)
@@ -425,41 +422,65 @@ def _report(run, progress, total, started, bar, since):
     LOG.info(f'{progress.processed:,} of {total:,} files, {progress.totals["kept"]:,} kept, {progress.totals["onsets"]:,} onsets, {rate:,.0f} files/s{memory}')
 
 
+@contextmanager
+def _stoppable():
+    "Yields a function that says whether Ctrl-C was pressed; pressed again, it interrupts at once"
+    pressed = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    def note(*_):
+        pressed.append(True)
+        signal.signal(signal.SIGINT, previous)
+    previous = signal.signal(signal.SIGINT, note)
+    try: yield lambda: bool(pressed)
+    finally: signal.signal(signal.SIGINT, previous)
+
+
 def _count_all(files, config, run, table, store, state, checkpoint):
-    "Count what is left of a shard, saving on the way"
+    "Count what is left of a shard, saving on the way; Ctrl-C stops between two batches, when everything is in order"
     total = len(range(run.shard_index, len(files), run.num_shards))
     batches = _batches(files.items(run.shard_index, run.num_shards, state.processed), files.duplicates, state.processed, run.save_every)
     started, collected = (time.perf_counter(), state.processed), state.processed
+    collecting = gc.isenabled()
     if run.gc_every: gc.disable()
     try:
-        with progress(total=total, desc='groove', show=run.show_progress, unit='file') as bar:
+        with progress(total=total, desc='groove', show=run.show_progress, unit='file') as bar, _stoppable() as stopped:
             for batch in _counted(batches, config, run, table, store):
                 before = state.processed
                 state.add(batch)
                 _report(run, state, total, started, bar, before)
                 saving = run.save_every and state.processed % run.save_every == 0 and state.processed < total
-                if batch.failure or saving: save_checkpoint(checkpoint, state, store)
+                if batch.failure or saving or (run.save_every and stopped()): save_checkpoint(checkpoint, state, store)
                 elif not run.save_every and not checkpoint.exists(): store.settle()
                 if batch.failure: raise BadFile(f'{batch.failure[0]}: {batch.failure[1]}. Mend or remove the file and use --resume, or use --no-fail-fast to skip such files.')
+                if stopped(): raise KeyboardInterrupt
                 if run.gc_every and state.processed - collected >= run.gc_every:
                     gc.collect()
                     collected = state.processed
     finally:
-        if run.gc_every: gc.enable()
+        if collecting: gc.enable()
 
-# %% ../../nbs/groove/16_train.ipynb #83ed04c0
-def _begin(run, config, files, facts, checkpoint, store):
+# %% ../../nbs/groove/16_train.ipynb #ed98f09e
+def _check_owner(store, facts):
+    "Raise `MismatchError` if a memmap directory is another run's"
+    owner = store.directory/'owner.json' if store.kind == 'memmap' else None
+    if owner and owner.exists(): check_same_run(store.directory, read_json(owner), facts)
+
+
+def _begin(run, config, files, facts, checkpoint, finished, store):
     "The progress to start from"
     source = run.resume_from or (checkpoint if checkpoint.exists() else None)
     left = store.progress() is not None if store.kind == 'sqlite' else store.kind == 'memmap' and any((store.directory/'runs').glob('*.run'))
+    if store.kind == 'sqlite' and left and finished and not (run.resume or run.resume_from):
+        store.reset()
+        left = False
     if run.resume_from and not Path(run.resume_from).exists(): raise bad_value('--resume-from', str(run.resume_from), 'an existing checkpoint')
     if not (run.resume or run.resume_from):
         where = checkpoint if checkpoint.exists() else getattr(store, 'directory', None) or getattr(store, 'path', None)
-        if checkpoint.exists() or left or (store.kind == 'memmap' and (store.directory/'meta.json').exists()):
-            raise bad_value('resume', False, 'True where an earlier run has left its counts', f'Use --resume to go on from {where}, or delete it to start again.')
-    if store.kind == 'memmap':
-        if (owner := store.directory/'owner.json').exists(): check_same_run(store.directory, read_json(owner), facts)
-        store.claim(facts)
+        if checkpoint.exists() or left: raise UsageError(f'{where} holds the counts of an unfinished run. Use --resume to go on from it, or delete it to start again.')
+    _check_owner(store, facts)
+    if store.kind == 'memmap': store.claim(facts)
     if source is not None: return load_checkpoint(source, facts, store)
     if store.kind == 'sqlite' and left:  # killed between the commit and its checkpoint file
         header, statuses = store.progress()
@@ -469,7 +490,7 @@ def _begin(run, config, files, facts, checkpoint, store):
     store.settle()
     return Progress(facts)
 
-# %% ../../nbs/groove/16_train.ipynb #16470632
+# %% ../../nbs/groove/16_train.ipynb #acdfd89d
 def _finished(output, finished, facts):
     "The model at `output` if this run made it, None if there is none; raises `MismatchError` if another run did"
     if not (finished.exists() and output.exists()): return None
@@ -506,11 +527,13 @@ def train_model(
         store = run.make_store(config)
         stack.callback(store.close)
         if done is not None:
+            _check_owner(store, facts)
             _tidy(store, checkpoint)
             return _summary(run, output, done.totals, start, 0)
+        was_finished = finished.exists() and read_json(finished) == facts
         finished.unlink(missing_ok=True)
         if not len(files): LOG.warning('The list is empty: the model will be, too.')
-        state = _begin(run, config, files, facts, checkpoint, store)
+        state = _begin(run, config, files, facts, checkpoint, was_finished, store)
         before = state.processed
         _count_all(files, config, run, table, store, state, checkpoint)
         _finish(output, config, coverage, run, store, state, files)
@@ -518,11 +541,13 @@ def train_model(
         _tidy(store, checkpoint)
     return _summary(run, output, state.totals, start, state.processed - before)
 
-# %% ../../nbs/groove/16_train.ipynb #21243a27
+# %% ../../nbs/groove/16_train.ipynb #f0c0fdf7
 def _finish(output, config, coverage, run, store, state, files):
     "Write the skip report, the model, and the shards of a memmap store; then let the runs go"
     write_skip_report(skip_report_path(output), files, run.shard_index, run.num_shards, state.statuses)
     if store.kind == 'memmap': store.write_shards('ngram', config.order, run.max_rows_per_shard, config.to_dict())
+    for order in range(1, config.order + 1) if store.kind == 'memmap' else ():
+        read_order_shards(store.directory, order)  # what was written is what meta.json says
     write_model(output, config, coverage, state.totals, ((name, store.blocks(name)) for name in store.names()))
     if store.kind == 'sqlite': store.state((state.header(), np.frombuffer(bytes(state.statuses), np.uint8)))
 
@@ -538,9 +563,9 @@ def _summary(run, output, totals, start, processed):
     seconds = time.perf_counter() - start
     memory = dict(peak_rss_bytes=peak_rss_bytes()) if run.mem_stats else {}
     return dict(output=str(output), skip_report=str(skip_report_path(output)), processed=processed, kept=totals['kept'], skipped=totals['skipped'],
-        onsets=totals['onsets'], unmapped=totals['unmapped'], seconds=seconds, files_per_second=processed / max(seconds, 1e-9), bytes=Path(output).stat().st_size, **memory)
+        onsets=totals['onsets'], unmapped=totals['unmapped'], doubled=totals['doubled'], seconds=seconds, files_per_second=processed / max(seconds, 1e-9), bytes=Path(output).stat().st_size, **memory)
 
-# %% ../../nbs/groove/16_train.ipynb #4332ee88
+# %% ../../nbs/groove/16_train.ipynb #3b231c33
 def skip_report_path(
     output,  # a model file
 )->Path:
@@ -568,11 +593,16 @@ def merge_skip_reports(
     output,  # model file that the report is for
 ):
     "One report of several, in the order of the lists; parts without a report add nothing"
-    lines = [line for part in parts if skip_report_path(part).exists() for line in skip_report_path(part).read_text('utf-8').splitlines()]
-    lines.sort(key=lambda line: ((facts := json.loads(line))['list'], facts['index']))
-    with atomic_write(skip_report_path(output), 'w') as out: out.writelines(line + '\n' for line in lines)
+    lines = []
+    for path in filter(Path.exists, map(skip_report_path, parts)):
+        for line in path.read_text('utf-8').split('\n'):
+            if not line: continue
+            try: facts = json.loads(line)
+            except ValueError as error: raise FormatError(f'{path} is damaged: {error}. Delete it to merge without it.') from error
+            lines.append((facts['list'], facts['index'], line))
+    with atomic_write(skip_report_path(output), 'w') as out: out.writelines(f'{line}\n' for *_, line in sorted(lines))
 
-# %% ../../nbs/groove/16_train.ipynb #8e8be668
+# %% ../../nbs/groove/16_train.ipynb #5ec4a813
 def open_part(
     path,               # a model or a checkpoint
     stack:ExitStack,    # closes what is opened
@@ -589,15 +619,19 @@ def open_part(
     config = GrooveConfig.from_dict(run['config'])
     header = file.header
     if counts['store'] != 'memory':
-        make = dict(memmap=MemmapStore, sqlite=SqliteStore)[counts['store']]
-        store = make(counts.get('directory') or counts['database'], lambda name: table_layout(config, name))
+        where = Path(counts.get('directory') or counts['database'])
+        if not where.exists(): raise FormatError(f'{path}: its counts were in {where}, which is not there. Put it back, or train again.')
+        store = dict(memmap=MemmapStore, sqlite=SqliteStore)[counts['store']](where, lambda name: table_layout(config, name))
         stack.callback(store.close)
-        if store.kind == 'sqlite' and (own := store.progress()) is not None: header = own[0]
+        if store.kind == 'sqlite':
+            if (own := store.progress()) is None: raise FormatError(f'{where} holds no counts, but {path} says so. Train again.')
+            check_same_run(where, own[0]['run'], run)
+            header = own[0]
         store.restore(counts, {})
         tables = {name: _stream_reader(store.blocks(name), table_layout(config, name).words) for name in store.names()}
     return config, shard_coverage(run['list_hash'], run['shard_index'], run['num_shards'], header['processed']), header['totals'], tables
 
-
+# %% ../../nbs/groove/16_train.ipynb #525516c4
 def _stream_reader(blocks, words):
     "Make a stream of runs readable by rows, forwards only"
     held = [np.empty((0, words), np.uint64), np.empty(0, np.uint64)]
@@ -625,8 +659,8 @@ def merge_files(
         names = sorted({name for table in tables for name in table})
         merged = ((name, merge_blocks([table[name] for table in tables if name in table])) for name in names)
         Path(output).parent.mkdir(parents=True, exist_ok=True)
-        write_model(output, configs[0], coverage, total, merged)
         merge_skip_reports(parts, output)
+        write_model(output, configs[0], coverage, total, merged)
     return dict(parts=len(parts), kept=total['kept'], onsets=total['onsets'], complete=is_complete(coverage), output=str(output))
 
 # %% ../../nbs/groove/16_train.ipynb #a7f1db1a
