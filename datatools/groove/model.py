@@ -105,9 +105,9 @@ def is_complete(
     "Whether all files of all lists are counted"
     return all(part == dict(modulus=1, residues=[0], partial=[]) for part in coverage.values())
 
-# %% ../../nbs/groove/15_model.ipynb #b5d44b16
+# %% ../../nbs/groove/15_model.ipynb #d0117b80
 MODEL_KIND, MODEL_VERSION = 'groove model', 1
-EXPERT_WEIGHTS = dict(ngram=0.5, position=0.5)  # chosen on validation data, see below
+EXPERT_WEIGHTS = dict(ngram=0.5, position=0.5)  # chosen on validation data, as all such numbers: see the tutorial
 STYLE_WEIGHT = 0.3                               # share of the style's own n-grams when one is asked for
 
 

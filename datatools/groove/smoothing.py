@@ -262,7 +262,7 @@ def _recall_keys(token, begin, i, position, lengths, keys):
             done += 1
     return done
 
-# %% ../../nbs/groove/13_smoothing.ipynb #3e1633e3
+# %% ../../nbs/groove/13_smoothing.ipynb #b9857134
 @njit(cache=True)
 def _score(trie, token, position, starts, start_token, classes, recall, lengths, strength, out):
     "Fill `out` with the log2 probability of every onset of several performances"
@@ -299,8 +299,9 @@ def score_tokens(
     vocabulary:int,    # number of tokens
     classes:int,       # number of drum classes
     recall:bool=True,  # whether the performance so far counts
+    strength:float=RECALL_STRENGTH,  # how many onsets of evidence the experts' forecast is worth, above 0
 ):                     # float64 (onsets,): log2 probability of each onset
     "Log2 probability of every onset given all before it in its performance"
     out = np.empty(len(token))
-    _score(trie, token, position, np.asarray(starts, np.int64), vocabulary, classes, recall, RECALL_LENGTHS, RECALL_STRENGTH, out)
+    _score(trie, token, position, np.asarray(starts, np.int64), vocabulary, classes, recall, RECALL_LENGTHS, strength, out)
     return out
