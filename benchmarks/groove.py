@@ -180,7 +180,8 @@ def files(corpus, quick):
 
     def ours():
         store = MemoryStore(lambda name: table_layout(config, name))
-        found['datatools'] = count_files([(path, False) for path in paths], config, None, False, store).totals['onsets']
+        totals = count_files([(path, False) for path in paths], config, None, False, store).totals
+        found['datatools'] = totals['onsets'] + totals['unmapped'] + totals['doubled']
         for name in store.names(): next(store.blocks(name))  # sorted tables, as a model has them
 
     def with_mido():
