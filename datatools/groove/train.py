@@ -411,7 +411,7 @@ def _counted(batches, config, run, table, store):
 class BadFile(FormatError):
     "A malformed MIDI file stopped a run with fail_fast"
 
-# %% ../../nbs/groove/16_train.ipynb #6add96c5
+# %% ../../nbs/groove/16_train.ipynb #b7ce70e9
 def _report(run, progress, total, started, bar, since):
     "Move the bar, or log a line every `log_every` files"
     bar.update(progress.processed - bar.n)
@@ -426,8 +426,8 @@ def _report(run, progress, total, started, bar, since):
 def _stoppable():
     "Yields a function that says whether Ctrl-C was pressed; pressed again, it interrupts at once"
     pressed = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield lambda: False  # what runs in the background of a shell is not to hear Ctrl-C
         return
     def note(*_):
         pressed.append(True)
