@@ -541,13 +541,13 @@ def train_model(
         _tidy(store, checkpoint)
     return _summary(run, output, state.totals, start, state.processed - before)
 
-# %% ../../nbs/groove/16_train.ipynb #f0c0fdf7
+# %% ../../nbs/groove/16_train.ipynb #ebf2f5a6
 def _finish(output, config, coverage, run, store, state, files):
     "Write the skip report, the model, and the shards of a memmap store; then let the runs go"
     write_skip_report(skip_report_path(output), files, run.shard_index, run.num_shards, state.statuses)
-    if store.kind == 'memmap': store.write_shards('ngram', config.order, run.max_rows_per_shard, config.to_dict())
-    for order in range(1, config.order + 1) if store.kind == 'memmap' else ():
-        read_order_shards(store.directory, order)  # what was written is what meta.json says
+    if store.kind == 'memmap':
+        store.write_shards('ngram', config.order, run.max_rows_per_shard, config.to_dict())
+        for order in range(1, config.order + 1): read_order_shards(store.directory, order)  # what was written is what meta.json says
     write_model(output, config, coverage, state.totals, ((name, store.blocks(name)) for name in store.names()))
     if store.kind == 'sqlite': store.state((state.header(), np.frombuffer(bytes(state.statuses), np.uint8)))
 
