@@ -20,6 +20,7 @@ demo: $(VENV)/.installed ## install, train on MIDI drums in 4 shards, merge, eva
 	@$(BIN)/python scripts/demo.py $(if $(DATA),--data "$(DATA)")
 
 test: $(VENV)/.installed-dev ## install and run every check: clean notebooks, export in step, notebooks, pytest
+	@sh scripts/install_test_plugins.sh
 	@echo "== style: titles, imports in cells of their own, no hidden test, sidebar, no machine paths"
 	@$(BIN)/python scripts/check_notebooks.py
 	@echo "== notebooks are clean, datatools/ is what the notebooks export"
@@ -54,7 +55,7 @@ notebooks: $(VENV)/.installed-dev ## execute the notebooks and save their output
 	@$(BIN)/python scripts/run_notebooks.py $(NB)
 
 clean: ## remove .venv, results and everything built
-	rm -rf $(VENV) demo _docs _proc build dist *.egg-info .pytest_cache .hypothesis benchmarks/results
+	rm -rf $(VENV) demo _docs _proc build dist tests/plugin/build *.egg-info .pytest_cache .hypothesis benchmarks/results
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.made:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from plugin.build import CannotBuild, build
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,3 +38,31 @@ def python():
         options = {'cwd': ROOT, 'text': True, 'capture_output': True, **options}
         return subprocess.run([sys.executable, *map(str, arguments)], timeout=timeout, **options)
     return run
+
+
+def _needed(reason: str):
+    "Skip for this reason, or fail for it under CI=true."
+    (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)(reason)
+
+
+@pytest.fixture(scope='session')
+def plugin_variant():
+    "Build a variant of the VST3 test instrument: `plugin_variant('MONO')` is the path of its bundle."
+    def variant(*defines: str) -> Path:
+        try: return build(*defines)
+        except CannotBuild as missing: _needed(str(missing))
+    return variant
+
+
+@pytest.fixture(scope='session')
+def test_plugin(plugin_variant) -> Path:
+    "The VST3 test instrument of tests/plugin, as it comes."
+    return plugin_variant()
+
+
+@pytest.fixture(scope='session')
+def zam_plugin() -> Path:
+    "A VST3 effect (one channel in, one out): no instrument."
+    path = Path('/usr/lib/vst3/ZamComp.vst3')
+    if not path.exists(): _needed('the VST3 effect of the tests needs zam-plugins: apt-get install -y --no-install-recommends zam-plugins')
+    return path
