@@ -34,7 +34,7 @@ class CannotBuild(Exception):
 
 def build(*defines: str, folder: Path = HERE / 'build') -> Path:
     "The path of a variant's `.vst3` bundle below `folder`, built if it is not there yet."
-    missing = [package for package, found in {'g++': shutil.which('g++'), 'dpf-source': FRAMEWORK.is_dir()}.items() if not found]
+    missing = [package for package, found in {'g++': shutil.which('g++'), 'dpf-source': (FRAMEWORK / 'distrho').is_dir()}.items() if not found]
     if missing: raise CannotBuild(f'the test instrument needs {" and ".join(missing)}: apt-get install -y --no-install-recommends {" ".join(missing)}')
     folder, name = Path(folder), '-'.join(['TestSynth', *(define.replace('=', '') for define in defines)])
     bundle = folder / f'{_key(defines)}' / f'{name}.vst3'
