@@ -21,7 +21,7 @@ setup(
     keywords=facts['keywords'],
     license='Apache-2.0',
     packages=find_packages(include=[facts['lib_path'], f"{facts['lib_path']}.*"]),
-    include_package_data=True,
+    package_data={f"{facts['lib_path']}.vst": ['data/*.yaml']},
     python_requires=f'>={min_python}',
     install_requires=facts['requirements'].split(),
     extras_require={
