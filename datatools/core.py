@@ -326,15 +326,16 @@ def check(self: Manifest,
     "Raise a `MismatchError` that lists every key in which `config` differs from the one on disk."
     check_same_config(self.directory, self['config'], config)
 
-# %% ../nbs/00_core.ipynb #bfab545b
+# %% ../nbs/00_core.ipynb #932fb883
 @contextmanager
 def file_lock(
-    path,  # lock file, str or Path, made if it does not exist; it stays
-):         # yields the path
-    "Hold a lock that no other process can hold; whoever comes second gets a `LockedError` at once."
+    path,                # lock file, str or Path, made if it does not exist; it stays
+    wait: bool = False,  # wait until the lock is free
+):                       # yields the path
+    "Hold a lock that no other process can hold; whoever comes second gets a `LockedError` at once, or waits."
     if fcntl is None: raise DatatoolsError('File locks need flock, which this system does not have: use Linux or macOS.')
     with open(path, 'a+b') as file:
-        try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try: fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
             holder = file.read(1000).decode('utf-8', 'replace').strip() or 'an unknown process'
