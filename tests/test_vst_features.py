@@ -174,8 +174,16 @@ def test_what_is_not_finite_is_an_error(wrong):
 
 @pytest.mark.parametrize('rate', [0, -44100, 7999, 44100.0, '44100', None, True, 10**7])
 def test_wrong_sample_rate_is_an_error(rate):
+    k_weighting(44100)  # 44100.0 is no key to what is remembered of it
     for measure in (MelSpectrogram, k_weighting, lambda r: integrated_loudness(np.zeros((2, 100), np.float32), r)):
         with pytest.raises(UsageError, match='sample_rate'): measure(rate)
+
+
+def test_sample_rate_may_be_a_numpy_integer():
+    audio, rate = signal('noise', 2, 44100, 16000, 1, 0), np.int16(16000)
+    assert integrated_loudness(audio, rate) == integrated_loudness(audio, 16000)
+    assert (MelSpectrogram(rate)(audio) == MelSpectrogram(16000)(audio)).all()
+    assert MelSpectrogram(rate).sample_rate == 16000
 
 
 def _measure(task):

@@ -55,8 +55,8 @@ def _finite_peak(audio):
     if math.isfinite(largest): return largest
     raise bad_value('audio', 'array with NaN or infinite values', 'finite', 'Leave such a sample out: math.isfinite(peak(audio)) tells.')
 
-# %% ../../nbs/vst/44_features.ipynb #27555b44
-@lru_cache
+# %% ../../nbs/vst/44_features.ipynb #c4a765ff
+@lru_cache(typed=True)
 def k_weighting(
     sample_rate: int, # Hz, 8000 or more
 ):                    # float64 (2, 5): b0, b1, b2, a1, a2 (a0 = 1) of the shelf and of the high-pass
@@ -104,7 +104,7 @@ def _weighted_energies(left, right, shelf, high_pass, bounds):
         r1, r2, r3, r4 = _faded(r1), _faded(r2), _faded(r3), _faded(r4)
     return energies
 
-# %% ../../nbs/vst/44_features.ipynb #f0b69a76
+# %% ../../nbs/vst/44_features.ipynb #7ead9076
 def _lufs(power):
     "Loudness of a mean square"
     return 10 * math.log10(power) - 0.691 if power > 0 else -math.inf
@@ -115,8 +115,8 @@ def integrated_loudness(
     sample_rate: int, # Hz
 ) -> float:           # LUFS; -inf where everything is below -70 LUFS
     "Integrated loudness by ITU-R BS.1770-4"
-    shelf, high_pass = map(tuple, k_weighting(_checked_rate(sample_rate)).tolist())
-    audio = _checked_audio(audio)
+    audio, sample_rate = _checked_audio(audio), _checked_rate(sample_rate)
+    shelf, high_pass = map(tuple, k_weighting(sample_rate).tolist())
     _finite_peak(audio)
     steps = audio.shape[1] * 10 // sample_rate
     bounds = np.arange(steps + 1) * sample_rate // 10 if steps >= 4 else np.array([0, audio.shape[1]])
@@ -150,27 +150,30 @@ def mel_filterbank(
     rising, falling = (bins - corners[:-2]) / (corners[1:-1] - corners[:-2]), (corners[2:] - bins) / (corners[2:] - corners[1:-1])
     return (np.maximum(0, np.minimum(rising, falling)) * (2 / (corners[2:] - corners[:-2]))).astype(np.float32)
 
-# %% ../../nbs/vst/44_features.ipynb #7a845cc5
+# %% ../../nbs/vst/44_features.ipynb #784926b0
 @njit(cache=True, nogil=True)
 def _cut_windows(signal, window, hop, first, windows):
     "Fill windows (n_fft, count) with the windowed stretches of the signal from number `first` on"
     for i in range(windows.shape[0]):
-        for t in range(windows.shape[1]): windows[i, t] = signal[(first + t) * hop + i] * window[i]
+        row, stretch, factor = windows[i], signal[first * hop + i::hop], window[i]
+        for t in range(len(row)): row[t] = stretch[t] * factor
 
 
 @njit(cache=True, nogil=True)
-def _add_up_bands(spectrum, weights, begins, ends, first, mel):
-    "Power of the bands for windows number `first` to `first + spectrum.shape[1]`, into mel (bands, windows)"
-    bins, count = spectrum.shape
-    power = np.empty((bins, count), np.float32)
-    for k in range(bins):
-        for t in range(count): power[k, t] = spectrum[k, t].real ** 2 + spectrum[k, t].imag ** 2
-    for band in range(len(begins)):
-        for t in range(count): mel[band, first + t] = 0
+def _add_up_bands(spectrum, weights, begins, ends, mel):
+    "Fill mel (bands, count) from the spectrum (bins, count)"
+    power = np.empty(spectrum.shape, np.float32)
+    for k in range(len(power)):
+        row, bins = power[k], spectrum[k]
+        for t in range(len(row)): row[t] = bins[t].real ** 2 + bins[t].imag ** 2
+    for band in range(len(mel)):
+        total = mel[band]
+        total[:] = 0
         for k in range(begins[band], ends[band]):
-            for t in range(count): mel[band, first + t] += weights[band, k] * power[k, t]
+            row, weight = power[k], weights[band, k]
+            for t in range(len(total)): total[t] += weight * row[t]
 
-# %% ../../nbs/vst/44_features.ipynb #d47b57f5
+# %% ../../nbs/vst/44_features.ipynb #172713b5
 class MelSpectrogram:
     "Mel spectrogram in dB below the maximum: windows of 25 ms every 10 ms, 128 bands"
 
@@ -178,7 +181,7 @@ class MelSpectrogram:
         sample_rate: int, # Hz
     ):
         self.sample_rate = _checked_rate(sample_rate)
-        self.n_fft, self.hop_length = int(0.025 * sample_rate), sample_rate // 100
+        self.n_fft, self.hop_length = int(0.025 * self.sample_rate), self.sample_rate // 100
         self.window = (0.54 - 0.46 * np.cos(2 * np.pi / self.n_fft * np.arange(self.n_fft))).astype(np.float32)
         self.weights = mel_filterbank(self.sample_rate, self.n_fft)
         used = self.weights > 0
@@ -210,9 +213,10 @@ class MelSpectrogram:
     def _powers(self, signal, mel):
         "Fill mel (bands, windows) from the padded signal"
         for first in range(0, mel.shape[1], 64):
-            windows = np.empty((self.n_fft, min(64, mel.shape[1] - first)), np.float32)
+            some = mel[:, first:first + 64]
+            windows = np.empty((self.n_fft, some.shape[1]), np.float32)
             _cut_windows(signal, self.window, self.hop_length, first, windows)
-            _add_up_bands(rfft(windows, axis=0), self.weights, self.begins, self.ends, first, mel)
+            _add_up_bands(rfft(windows, axis=0), self.weights, self.begins, self.ends, some)
 
 
 def _decibels(power, smallest):
