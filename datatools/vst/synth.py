@@ -354,7 +354,7 @@ class BuiltinSynth:
         if name not in CONTROLS: raise bad_value('parameter', name, CONTROLS)
         return CONTROLS[name].text(self._raw[name] if raw is None else raw)
 
-# %% ../../nbs/vst/41_synth.ipynb #330b6c73
+# %% ../../nbs/vst/41_synth.ipynb #9256ddbe
 def _number(name, value, low, high, whole=False):
     "A finite number in a range, or an error that names the parameter"
     kind = numbers.Integral if whole else numbers.Real
@@ -367,6 +367,7 @@ def _check_note(
     note,                # pitch, velocity, start, end
 ) -> tuple:              # (start, end, pitch, velocity), which is also the order in which voices are added
     "The fields of one note, each in its range"
+    if not all(hasattr(note, field) for field in Note._fields): raise bad_value('note', note, 'a Note(pitch, velocity, start, end)')
     pitch, velocity = _number('pitch', note.pitch, 0, 127, whole=True), _number('velocity', note.velocity, 1, 127, whole=True)
     start, end = _number('start', note.start, 0, 1e6), _number('end', note.end, 0, 1e6)
     if end <= start: raise bad_value('end', note.end, f'after the start of the note, {note.start} s')
