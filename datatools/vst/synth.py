@@ -19,7 +19,7 @@ from numba import njit
 from ..core import bad_value, canonical_json
 from .params import Note
 
-# %% ../../nbs/vst/41_synth.ipynb #a246cc4d
+# %% ../../nbs/vst/41_synth.ipynb #5b054806
 class Control(NamedTuple):
     "How the raw values 0 … 1 of one parameter become a quantity"
     kind: str           # 'linear', 'octaves' or 'steps'
@@ -30,7 +30,7 @@ class Control(NamedTuple):
     meaning: str        # for people
     choices: tuple = () # names of the steps
 
-
+# %% ../../nbs/vst/41_synth.ipynb #1550f775
 @patch
 def value(self: Control,
     raw: float,  # 0 … 1
@@ -143,7 +143,7 @@ def _noise(counter):
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.float64(np.int64(x ^ (x >> np.uint64(31)))) * 2.0**-63
 
-# %% ../../nbs/vst/41_synth.ipynb #8c7dcc25
+# %% ../../nbs/vst/41_synth.ipynb #277c0949
 _BLOCK = 16  # samples between two looks at envelopes and modulation
 
 
@@ -175,7 +175,7 @@ def _wave(waveform, x, step, width):
     after_fall = x - width if x >= width else x - width + 1
     return (2.0 if x < width else 0.0) + _jump(x, step) - _jump(after_fall, step) - 2 * width  # no constant part
 
-
+# %% ../../nbs/vst/41_synth.ipynb #759d69fc
 @njit(cache=True, nogil=True)
 def _oscillate(waveform, phase, frequency, width, out):
     "Fill `out` from a 64-bit phase on, `frequency` in cycles per sample; the phase after it"
@@ -313,7 +313,7 @@ def _play(
             out[1, first + begin + i] += amplitude * blocks[1, i]
         if height == 0 and now > s.amplitude_attack: return
 
-# %% ../../nbs/vst/41_synth.ipynb #4e9f6afd
+# %% ../../nbs/vst/41_synth.ipynb #3e392ab7
 class BuiltinSynth:
     "The embedded instrument: same interface as a hosted plugin, no state between renders"
     version = '1'  # grows when the sound changes
@@ -346,13 +346,15 @@ class BuiltinSynth:
             checked[name] = float(np.float32(value))
         self._raw.update(checked)
 
-    def value_text(self,
-        name: str,         # parameter
-        raw: float = None, # 0 … 1, None for the value that is set now
-    ) -> str:
-        "What a raw value means, for people"
-        if name not in CONTROLS: raise bad_value('parameter', name, CONTROLS)
-        return CONTROLS[name].text(self._raw[name] if raw is None else raw)
+# %% ../../nbs/vst/41_synth.ipynb #eae7a8a6
+@patch
+def value_text(self: BuiltinSynth,
+    name: str,         # parameter
+    raw: float = None, # 0 … 1, None for the value that is set now
+) -> str:              # as '2560 Hz'
+    "What a raw value means, for people"
+    if name not in CONTROLS: raise bad_value('parameter', name, CONTROLS)
+    return CONTROLS[name].text(self._raw[name] if raw is None else raw)
 
 # %% ../../nbs/vst/41_synth.ipynb #9256ddbe
 def _number(name, value, low, high, whole=False):
