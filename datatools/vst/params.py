@@ -24,7 +24,7 @@ from ..core import FormatError, UsageError, atomic_write, bad_value, closest
 from datatools.vst.kinds import (_named, _outside, _shown, Categorical, Continuous, Integer, Note, NoteTimes, Parameter, Patch, Pitch,
     Velocity)
 
-# %% ../../nbs/vst/40_params.ipynb #2edf7241
+# %% ../../nbs/vst/40_params.ipynb #18cdf0c2
 NOTE_KINDS = {kind.kind: kind for kind in (Pitch, Velocity, NoteTimes)}
 NOTE_NAMES = {name for kind in NOTE_KINDS.values() for name in (kind.name, *NoteTimes.encoded_names)}
 KINDS = {kind.kind: kind for kind in (Continuous, Categorical, Integer)}
@@ -33,6 +33,12 @@ KINDS = {kind.kind: kind for kind in (Continuous, Categorical, Integer)}
 def _repeated(names) -> list:
     "The names that come more than once, each once"
     return [name for name, count in Counter(names).items() if count > 1]
+
+
+def _unknown(name, known) -> str:
+    "A problem with a name that is not known"
+    near = closest(name, known)
+    return f'unknown name {_shown(name)}' + (f', did you mean {near!r}?' if near else '')
 
 # %% ../../nbs/vst/40_params.ipynb #1c631c14
 def _set_problems(
@@ -56,7 +62,7 @@ def _refuse(problems: list, source: str, error=UsageError) -> None:
     if not problems: return
     raise error(f'{source}: {len(problems)} problem{"s" if len(problems) > 1 else ""}\n  ' + '\n  '.join(problems))
 
-# %% ../../nbs/vst/40_params.ipynb #7f262b79
+# %% ../../nbs/vst/40_params.ipynb #aadbddb1
 @dataclass(frozen=True, repr=False)
 class ParamSpec:
     "A parameter set: what may be drawn for a plugin and the note it plays"
@@ -91,15 +97,27 @@ class ParamSpec:
         ends = list(accumulate((p.size for p in (*self.parameters, *self.note)), initial=0))
         return {p.name: slice(*place) for p, place in zip((*self.parameters, *self.note), zip(ends, ends[1:]))}
 
-    @property
-    def encoded_length(self) -> int: return len(self.encoded_names)
-
-    def __len__(self) -> int: return len(self.parameters)
-    def __getitem__(self, name: str) -> Parameter: return self._by_name[name]
-    def __repr__(self): return f'ParamSpec({self.name!r}: {len(self)} parameters, encoded length {self.encoded_length})'
-
     @cached_property
     def _by_name(self) -> dict: return {p.name: p for p in (*self.parameters, *self.note)}
+
+# %% ../../nbs/vst/40_params.ipynb #89591757
+@patch(as_prop=True)
+def encoded_length(self: ParamSpec) -> int: return len(self.encoded_names)
+
+
+@patch
+def __len__(self: ParamSpec) -> int: return len(self.parameters)
+
+
+@patch
+def __getitem__(self: ParamSpec, name: str) -> Parameter:
+    "A parameter of the plugin or, as `note_pitch`, of the note"
+    if name not in self._by_name: raise KeyError(_unknown(name, self._by_name))
+    return self._by_name[name]
+
+
+@patch
+def __repr__(self: ParamSpec): return f'ParamSpec({self.name!r}: {len(self)} parameters, encoded length {self.encoded_length})'
 
 # %% ../../nbs/vst/40_params.ipynb #dd470133
 def _check_velocity(velocity) -> None:
@@ -121,7 +139,7 @@ def sample(self: ParamSpec,
     parameters = {p.name: p.draw(first, second) for p, (first, second) in zip(self.parameters, pairs)}
     return Patch(parameters, Note(drawn['pitch'], drawn.get('velocity', int(velocity)), *drawn['note_times']))
 
-# %% ../../nbs/vst/40_params.ipynb #90b27647
+# %% ../../nbs/vst/40_params.ipynb #e4982b8c
 @patch
 def encode(self: ParamSpec,
     patch: Patch,      # a value for every parameter of the set, no others
@@ -139,12 +157,6 @@ def encode(self: ParamSpec,
 
 @patch(as_prop=True)
 def _name_set(self: ParamSpec) -> set: return self._by_name.keys() - {p.name for p in self.note}
-
-
-def _unknown(name, known) -> str:
-    "A problem with a name that is not known"
-    near = closest(name, known)
-    return f'unknown name {_shown(name)}' + (f', did you mean {near!r}?' if near else '')
 
 # %% ../../nbs/vst/40_params.ipynb #48c4d321
 @patch
@@ -365,11 +377,12 @@ def draft_spec(
     "A set for a person to edit: ranges to narrow, weights and constants to add, parameters to take out"
     return ParamSpec(name, [_drafted(entry) for entry in parameters], [Pitch(48, 72), NoteTimes(4.0)])
 
-# %% ../../nbs/vst/40_params.ipynb #f64fdbc6
+# %% ../../nbs/vst/40_params.ipynb #6b4cbffe
 def _row(parameter: Parameter) -> str:
     "A row of the table"
     entry = _as_dict(parameter)
-    said = ', '.join(f'{key} {value}' for key, value in entry.items() if key not in ('name', 'kind', 'raw_values'))
+    said = ', '.join(f'{key.replace("_", " ")} {" | ".join(map(str, value)) if isinstance(value, list) else value}'
+        for key, value in entry.items() if key not in ('name', 'kind', 'raw_values'))
     if len(said) > 100: said = said[:97] + '…'
     return f'<tr><td>{escape(parameter.name)}</td><td>{parameter.kind}</td><td style="text-align:left">{escape(said)}</td><td>{parameter.size}</td></tr>'
 
