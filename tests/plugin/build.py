@@ -7,6 +7,7 @@ is built once is found again, until a source changes.
 """
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SOURCES = [HERE / 'TestSynth.cpp', HERE / 'DistrhoPluginInfo.h']
 FRAMEWORK = Path('/usr/share/dpf')
-MACHINE = 'x86_64-linux' if os.uname().machine == 'x86_64' else f'{os.uname().machine}-linux'
+MACHINE = f'{platform.machine()}-linux'
 FLAGS = ['-std=gnu++17', '-O2', '-fPIC', '-shared', '-fvisibility=hidden', '-DDISTRHO_PLUGIN_TARGET_VST3', '-DNDEBUG', '-w']
 # 2,080 MIDI controllers posing as parameters are cut out of a copy: a host takes 10 s to read them all.
 PATCHES = {
