@@ -39,16 +39,16 @@ def clear_errors(
         typer.secho(f'Error: {message}', fg='red', err=True)
         raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
 
-# %% ../nbs/04_console.ipynb #93ea51cb
+# %% ../nbs/04_console.ipynb #e000ac2a
 def show(
     facts:dict,    # to be printed
     as_json:bool,  # for machines, or for people
 ):
-    "Print a result"
+    "Print a result; names that are not file names get spaces"
     if as_json: return typer.echo(json.dumps(facts, indent=1, ensure_ascii=False))
     for name, value in facts.items():
         if isinstance(value, dict): value = ', '.join(f'{key} {number:,}' if isinstance(number, int) else f'{key} {number}' for key, number in value.items()) or 'none'
         elif isinstance(value, (list, tuple)): value = ', '.join(map(str, value)) or 'none'
         if isinstance(value, float): value = f'{value:,.4g}' if abs(value) < 1e4 else f'{value:,.0f}'
         elif isinstance(value, int) and not isinstance(value, bool): value = human_bytes(value) if 'bytes' in name else f'{value:,}'
-        typer.echo(f'{name.replace("_", " "):32} {value}')
+        typer.echo(f'{name if "." in name else name.replace("_", " "):32} {value}')

@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/vst/00_overview.ipynb #9b96d7e4
+# %% ../../nbs/vst/00_overview.ipynb #2198da2d
+from .config import GenerateConfig, load_config
 from .params import Note, ParamSpec, Patch, load_param_set
+from .reader import ChunkedDatasetReader
 
-# %% ../../nbs/vst/00_overview.ipynb #a0a84725
-__all__ = ['Note', 'ParamSpec', 'Patch', 'load_param_set']
+# %% ../../nbs/vst/00_overview.ipynb #dcba7d26
+__all__ = ['ChunkedDatasetReader', 'GenerateConfig', 'Note', 'ParamSpec', 'Patch', 'load_config', 'load_param_set']

@@ -6,14 +6,13 @@
 __all__ = ['HOW', 'CHOICES', 'RANGES', 'CONFIGS', 'GenerateConfig', 'make_config', 'shipped_configs', 'parse_setting',
            'load_config', 'content', 'chunk_sizes']
 
-# %% ../../nbs/vst/46_config.ipynb #47fafd48
+# %% ../../nbs/vst/46_config.ipynb #f95e7cb2
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import yaml
-
-from ..core import UsageError, bad_value, closest
+from ..core import FormatError, UsageError, bad_value, closest
+from .params import read_yaml
 
 # %% ../../nbs/vst/46_config.ipynb #1fc46f97
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def make_config(
         raise UsageError(f'{where or "The configuration"} has {len(faults)} mistake{"s" if len(faults) > 1 else ""}:{lines}')
     return GenerateConfig(**{key: _plain(key, value) for key, value in settings.items()})
 
-# %% ../../nbs/vst/46_config.ipynb #49301bae
+# %% ../../nbs/vst/46_config.ipynb #0fea9694
 CONFIGS = Path(__file__).parent/'data' if '__file__' in globals() else Path(__import__('datatools.vst').vst.__file__).parent/'data'
 
 def shipped_configs() -> dict:  # name -> path
@@ -101,12 +100,11 @@ def shipped_configs() -> dict:  # name -> path
 
 def parse_setting(
     text: str,   # as 'num_samples=100'
-) -> tuple:      # (key, value), the value as YAML reads it
+) -> tuple:      # (key, value), the value as a file would hold it
     "One `key=value` of a command line."
     key, equals, value = text.partition('=')
     if not equals or not key.strip(): raise bad_value('--set', text, 'key=value', 'Write for example --set num_samples=100.')
-    try: return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error: raise bad_value('--set', text, 'key=value with a plain value', str(error).split('\n')[0]) from error
+    return key.strip(), read_yaml(value, f'--set {text}')
 
 def load_config(
     path,              # YAML file, or the name of a configuration that ships with the package
@@ -116,8 +114,9 @@ def load_config(
     file = Path(path)
     if not file.exists() and str(path) in shipped_configs(): file = shipped_configs()[str(path)]
     if not file.is_file(): raise bad_value('config', str(path), ['a YAML file', *shipped_configs()])
-    try: found = yaml.safe_load(file.read_text(encoding='utf-8'))
-    except (yaml.YAMLError, UnicodeDecodeError) as error: raise UsageError(f'{path} is not a valid YAML file: {error}') from error
+    try: text = file.read_text(encoding='utf-8')
+    except UnicodeDecodeError as error: raise FormatError(f'{path}: not a text file in UTF-8: {error}') from error
+    found = read_yaml(text, str(path))
     if isinstance(found, dict): found = {**found, **settings}
     return make_config(found, str(path))
 

@@ -178,55 +178,66 @@ class StateIsolation(NoIsolation):
 
 ISOLATIONS = dict(fork=ForkIsolation, state=StateIsolation, none=NoIsolation)
 
-# %% ../../nbs/vst/43_isolation.ipynb #6d6fa441
-def _one(kind, instrument, shape, patches):
-    "A function that renders patches in turn under an isolation, and gives the audio of the last."
-    def play():
-        isolation = kind(instrument, *shape)
-        for values, notes in patches: rendering = isolation.render(values, notes)
-        if rendering.audio is None: raise DatatoolsError(rendering.message)
-        return rendering.audio
-    return play
-
+# %% ../../nbs/vst/43_isolation.ipynb #44397ae5
 def _difference(one: Rendering, other: Rendering) -> float:
     "Largest difference of two renderings; infinite if one of them failed."
     if one.audio is None or other.audio is None: return float('inf')
     if np.array_equal(one.audio, other.audio, equal_nan=True): return 0.
     return float(np.nanmax(np.abs(one.audio.astype(np.float64) - other.audio), initial=1e-30))
 
-def _copied(rendering: Rendering) -> Rendering:
+def _kept(rendering: Rendering) -> Rendering:
+    "The rendering with audio of its own, that stays when the next one is made."
     return rendering if rendering.audio is None else rendering._replace(audio=rendering.audio.copy())
 
-# %% ../../nbs/vst/43_isolation.ipynb #52049857
+def _forked(fork: Fork, instrument, shape: tuple, patches: list) -> Rendering:
+    "Render patches in turn in one fork; the last one."
+    def play():
+        for values, notes in patches:
+            instrument.set_raw_values(values)
+            audio = instrument.render(notes, *shape)
+        return audio
+    return _kept(fork.call(play))
+
+def _compare(pairs, alone, after) -> dict:
+    "How renderings of A alone and after B differ."
+    row = dict(different=0, largest_difference=0., faults=[], seconds=0.)
+    for first, second in pairs:
+        reference, begun = alone(first), time.perf_counter()
+        repeated = after(first, second)
+        row['seconds'] += (time.perf_counter() - begun) / len(pairs)
+        row['different'] += bool(difference := _difference(reference, repeated))
+        row['largest_difference'] = max(row['largest_difference'], difference)
+        row['faults'] += [rendering.message for rendering in (reference, repeated) if rendering.fault]
+    return row
+
+# %% ../../nbs/vst/43_isolation.ipynb #c3878b49
 def check_isolation(
-    instrument,                 # `PluginHost` or `BuiltinHost`, just loaded
+    instrument,                 # `PluginHost` or `BuiltinHost`, just loaded; not to be used afterwards
     spec,                       # `ParamSpec` to draw patches from
     pairs: int = 4,             # pairs of patches to try
     seconds: float = 2.,        # length of the renderings
     sample_rate: int = 44_100,  # Hz
     channels: int = 2,          # 1 or 2
     seed: int = 0,              # decides the patches
-    timeout: float = 60.,       # seconds for an experiment
-) -> dict:                      # isolations: per name pairs, different, largest_difference, faults, seconds; sounds: hashes of the patches alone
+    timeout: float = 60.,       # seconds for an experiment in a fork
+) -> dict:                      # isolations: per name different, largest_difference, faults, seconds of a rendering; sounds: hashes of A alone
     "Does a sample depend on the one before it? Tried for each isolation."
-    shape = seconds, sample_rate, channels
+    shape, drawn = (seconds, sample_rate, channels), []
+    for pair in range(pairs):
+        two = [spec.sample(rng_for(seed, 'isolation check', pair, which)) for which in 'AB']
+        drawn.append([(patch.parameters, [patch.note._replace(start=0., end=seconds * .75)]) for patch in two])
     instrument.prepare(sample_rate, channels)
     fork = Fork(channels, check_rendering(*shape), timeout)
-    report, sounds = {name: dict(pairs=pairs, different=0, largest_difference=0., faults=[], seconds=0.) for name in ISOLATIONS}, []
-    for pair in range(pairs):
-        drawn = [spec.sample(rng_for(seed, 'isolation check', pair, which)) for which in 'AB']
-        first, second = [(patch.parameters, [patch.note._replace(start=0., end=seconds * .75)]) for patch in drawn]
-        for name, row in report.items():
-            kind = NoIsolation if name == 'fork' else ISOLATIONS[name]
-            before = [] if name == 'fork' else [second]  # a fork begins anew: its child has no past
-            alone = _copied(fork.call(_one(kind, instrument, shape, [first])))
-            if name == 'fork': sounds.append(alone.message if alone.audio is None else hashlib.sha256(alone.audio).hexdigest())
-            begun = time.perf_counter()
-            after = fork.call(_one(kind, instrument, shape, [*before, first]))
-            row['seconds'] += (time.perf_counter() - begun) / pairs / (1 + len(before))
-            row['different'] += bool(difference := _difference(alone, after))
-            row['largest_difference'] = max(row['largest_difference'], difference)
-            row['faults'] += [rendering.message for rendering in (alone, after) if rendering.fault]
+    alone = [_forked(fork, instrument, shape, [first]) for first, _ in drawn]
+    sounds = [rendering.message if rendering.audio is None else hashlib.sha256(rendering.audio).hexdigest() for rendering in alone]
+    report = dict(fork=_compare(drawn, lambda first, kept=iter(alone): next(kept), lambda first, second: _forked(fork, instrument, shape, [first])))
+    report['none'] = _compare(drawn, lambda first, kept=iter(alone): next(kept), lambda first, second: _forked(fork, instrument, shape, [second, first]))
+    state = StateIsolation(instrument, *shape)
+    def after(first, second):
+        state.render(*second)
+        return state.render(*first)
+    report['state'] = _compare(drawn, lambda first: _kept(state.render(*first)), after)
+    for name in ('none', 'state'): report[name]['seconds'] /= 2  # two renderings each
     return dict(isolations=report, sounds=sounds)
 
 # %% ../../nbs/vst/43_isolation.ipynb #4266eae1
