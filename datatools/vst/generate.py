@@ -173,7 +173,7 @@ def _finish_chunk(job: Job, chunk: int) -> None:
         with PartialChunk.open(partial_path(path), layout, job.hash, range(0)) as part:
             if part.done.all(): part.finish(path, lambda vector, row: describe(job, vector), job.config.compression)
 
-# %% ../../nbs/vst/47_generate.ipynb #241fdcdc
+# %% ../../nbs/vst/47_generate.ipynb #b7a38995
 def _write(job: Job, part: PartialChunk, row: int, sample: Sample) -> None:
     "Put a sample into a partial chunk."
     patch = sample.draw.patch
@@ -186,7 +186,7 @@ def _vector(job: Job, patch: Patch) -> np.ndarray:  # float32 (columns,)
     if not job.phrases: return job.spec.encode(patch)
     return np.float32([number for name in job.spec.names for number in job.spec[name].encode(patch.parameters[name])])
 
-HOPELESS = 2  # samples given up at the start of a block, with none before them that could be made: the block stops
+HOPELESS = 2  # samples given up in a block of a chunk in which none could be made yet: the block stops
 
 def render_block(
     job: Job,
@@ -207,7 +207,7 @@ def render_block(
                 if isinstance(sample, GivenUp):
                     result['given_up'][part.layout.first + row] = dict(sample.rejections)
                     result['message'] = sample.message
-                    if not result['made'] and len(result['given_up']) >= HOPELESS: break
+                    if not part.done.any() and len(result['given_up']) >= HOPELESS: break
                     continue
                 _write(job, part, row, sample)
                 result['made'] += 1
@@ -271,7 +271,7 @@ def _open_directory(config: GenerateConfig, decides: dict, resume: bool) -> Mani
     manifest.check(decides)
     return manifest
 
-# %% ../../nbs/vst/47_generate.ipynb #7c1fd62d
+# %% ../../nbs/vst/47_generate.ipynb #7f92f7bd
 class _Account:
     "What has become of the samples so far."
     def __init__(self, total: int, directory: Path):
@@ -282,7 +282,7 @@ class _Account:
     def add(self, result, bar) -> None:
         "Count the result of a block."
         if result.error:
-            self.failed[result.key] = result.error.message
+            self.failed[result.key] = result.error.message.removeprefix('DatatoolsError: ')
             return
         block = result.value
         self.made, self.found = self.made + block['made'], self.found + block['found']
@@ -308,14 +308,16 @@ class _Account:
                     rejections={cause: self.rejections[cause] for cause in CAUSES if self.rejections[cause]},
                     given_up={str(index): causes for index, causes in self.given_up.items()}, failed_blocks=len(self.failed))
 
-# %% ../../nbs/vst/47_generate.ipynb #8b1b581e
+# %% ../../nbs/vst/47_generate.ipynb #ac29329d
 _ENVIRONMENT = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM)]
 
 def _stop_if_hopeless(account: _Account) -> None:
     "Raise an error when going on makes no sense."
     for message in account.failed.values():
         if any(text in message for text in _ENVIRONMENT): raise DatatoolsError(f'The run stops: {message}. What was rendered is safe: make room, then resume.')
-    if not account.made and not account.found and len(account.given_up) >= 2 * HOPELESS:
+    if account.made or account.found: return
+    if len(account.failed) > 2: raise DatatoolsError(f'Nothing could be rendered: {next(iter(account.failed.values()))}')
+    if len(account.given_up) >= 2 * HOPELESS:
         causes = sum((Counter(causes) for causes in account.given_up.values()), Counter())
         hint = {'silent': 'Is min_loudness too high, or does the plugin need initialization_timeout to load its sounds?', 'timeout': 'Is timeout_seconds too short?',
                 'crash': 'Try datatools vst isolation-check.', 'clipped': 'Try clip: keep.'}.get(causes.most_common(1)[0][0], '')

@@ -46,7 +46,7 @@ def _exit_message(
     name = signal.Signals(number).name if number in set(signal.Signals) else f'signal {number}'
     return f'the plugin was killed by {name}'
 
-# %% ../../nbs/vst/43_isolation.ipynb #4493f06e
+# %% ../../nbs/vst/43_isolation.ipynb #4c387330
 def _quiet_child(parent: int):
     "Settle into being a short-lived child process."
     import resource
@@ -63,7 +63,8 @@ def _run_child(function, memory, audio, parent: int):
         audio[:] = function()
         memory[0:1] = b'A'  # audio is in place
     except BaseException as error:
-        message = f'{type(error).__name__}: {error}'.encode('utf-8', 'replace')[:FAULT_BYTES - 3]
+        text = str(error) if isinstance(error, DatatoolsError) else f'{type(error).__name__}: {error}'
+        message = text.encode('utf-8', 'replace')[:FAULT_BYTES - 3]
         memory[1:3 + len(message)] = len(message).to_bytes(2, 'little') + message
         memory[0:1] = b'E'
     finally: os._exit(0)
