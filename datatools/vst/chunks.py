@@ -154,7 +154,7 @@ def _offsets(file: h5py.File, path, layout: ChunkLayout) -> dict:  # name -> byt
             raise FormatError(f'{path}: {name} is {dataset.dtype} {dataset.shape}, not the {dtype} {(layout.samples, *shape)} of a partial chunk')
     return offsets
 
-# %% ../../nbs/vst/45_chunks.ipynb #a9299ecc
+# %% ../../nbs/vst/45_chunks.ipynb #2ce11422
 class PartialChunk:
     "A chunk that is being rendered: samples are written in any order, and each is there once `write` returns."
     def __init__(self,
@@ -177,25 +177,28 @@ class PartialChunk:
                 self.done[row] = False
                 self._put('done', row, self.done[row:row + 1])
 
-    @classmethod
-    def create(cls,
-        path,                 # a new name, by custom the final name + '.partial'
-        layout: ChunkLayout,  # what to make room for
-        config_hash: str,     # hash of the configuration
-    ):                        # an empty `PartialChunk`
-        "Make a partial file and its disk space, and open it."
-        if os.path.exists(path): raise bad_value('path', str(path), 'a new name', 'Open the partial chunk that is there, or remove it.')
-        _create_partial(path, layout, config_hash)
-        return cls(path, layout, config_hash)
+# %% ../../nbs/vst/45_chunks.ipynb #d7656daa
+@patch(cls_method=True)
+def create(cls: PartialChunk,
+    path,                 # a new name, by custom the final name + '.partial'
+    layout: ChunkLayout,  # what to make room for
+    config_hash: str,     # hash of the configuration
+) -> PartialChunk:        # with no sample done
+    "Make a partial file and its disk space, and open it."
+    if os.path.exists(path): raise bad_value('path', str(path), 'a new name', 'Open the partial chunk that is there, or remove it.')
+    _create_partial(path, layout, config_hash)
+    return cls(path, layout, config_hash)
 
-    @classmethod
-    def open(cls, path, layout: ChunkLayout, config_hash: str, rows: range = None):
-        "Open a partial file to go on with it; a flagged sample with a wrong checksum counts as not done."
-        return cls(path, layout, config_hash, rows)
 
-    def __enter__(self): return self
-    def __exit__(self, *error): self.close()
-    def __repr__(self): return f'PartialChunk({self.path.name!r}, {self.done.sum()} of {self.layout.samples} samples)'
+@patch(cls_method=True)
+def open(cls: PartialChunk,
+    path,                 # an existing partial file
+    layout: ChunkLayout,  # what it must be
+    config_hash: str,     # hash of the configuration it must belong to
+    rows: range = None,   # the rows to be looked after; their checksums are verified, None for all
+) -> PartialChunk:
+    "Open a partial file to go on with it; a flagged sample with a wrong checksum counts as not done."
+    return cls(path, layout, config_hash, rows)
 
 # %% ../../nbs/vst/45_chunks.ipynb #d6dd1627
 @patch
