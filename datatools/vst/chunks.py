@@ -154,7 +154,7 @@ def _offsets(file: h5py.File, path, layout: ChunkLayout) -> dict:  # name -> byt
             raise FormatError(f'{path}: {name} is {dataset.dtype} {dataset.shape}, not the {dtype} {(layout.samples, *shape)} of a partial chunk')
     return offsets
 
-# %% ../../nbs/vst/45_chunks.ipynb #2ce11422
+# %% ../../nbs/vst/45_chunks.ipynb #13b1ef30
 class PartialChunk:
     "A chunk that is being rendered: samples are written in any order, and each is there once `write` returns."
     def __init__(self,
@@ -176,6 +176,14 @@ class PartialChunk:
             if self.done[row] and not self._intact(row):
                 self.done[row] = False
                 self._put('done', row, self.done[row:row + 1])
+
+    def __enter__(self): return self
+    def __exit__(self, *error): self.close()
+    def __repr__(self): return f'PartialChunk({self.path.name!r}, {self.done.sum()} of {self.layout.samples} samples)'
+
+    def __enter__(self): return self
+    def __exit__(self, *error): self.close()
+    def __repr__(self): return f'PartialChunk({self.path.name!r}, {self.done.sum()} of {self.layout.samples} samples)'
 
 # %% ../../nbs/vst/45_chunks.ipynb #d7656daa
 @patch(cls_method=True)
@@ -240,7 +248,7 @@ def close(self: PartialChunk) -> None:
     if self._descriptor is not None: os.close(self._descriptor)
     self._descriptor = None
 
-# %% ../../nbs/vst/45_chunks.ipynb #c2909bf9
+# %% ../../nbs/vst/45_chunks.ipynb #3b49b477
 _INFINITE_HALF = 0x477FF000  # bits of 65520, the smallest float32 that rounds to infinity
 
 
@@ -259,15 +267,17 @@ def _to_half(samples, bits, halves):
 
 
 def to_float16(
-    audio,         # float32 of any shape, or float16, which is returned as it is
+    audio,         # float32 of any shape; float16 stays what it is
 ) -> np.ndarray:   # float16 of that shape, contiguous
     "Round to half precision, as `astype` does; values that float16 does not have are refused."
-    if getattr(audio, 'dtype', None) == np.float16: return np.ascontiguousarray(audio)
-    audio = np.ascontiguousarray(audio, np.float32)
-    halves = np.empty(audio.size, np.uint16)
-    if _to_half(audio.reshape(-1), audio.reshape(-1).view(np.uint32), halves) >= _INFINITE_HALF:
-        raise bad_value('audio', float(np.abs(audio).max()), 'finite and below 65520 everywhere', 'Reject or clip the sample.')
-    return halves.view(np.float16).reshape(audio.shape)
+    if getattr(audio, 'dtype', None) == np.float16: audio, finite = np.ascontiguousarray(audio), np.isfinite(audio).all()
+    else:
+        wide = np.ascontiguousarray(audio, np.float32)
+        halves = np.empty(wide.size, np.uint16)
+        finite = _to_half(wide.reshape(-1), wide.reshape(-1).view(np.uint32), halves) < _INFINITE_HALF
+        audio = halves.view(np.float16).reshape(wide.shape)
+    if not finite: raise bad_value('audio', float(np.abs(audio).max()), 'finite and below 65520 everywhere', 'Reject or clip the sample.')
+    return audio
 
 # %% ../../nbs/vst/45_chunks.ipynb #4ff0436a
 @patch
