@@ -7,7 +7,7 @@ __all__ = ['HALF_MAXIMUM', 'BLOCK', 'HOPELESS', 'Job', 'chunk_path', 'partial_pa
            'judge', 'Sample', 'GivenUp', 'make_sample', 'render_block', 'read_phrases', 'fit_notes', 'plan', 'generate',
            'try_samples', 'estimate']
 
-# %% ../../nbs/vst/47_generate.ipynb #6638da1e
+# %% ../../nbs/vst/47_generate.ipynb #96d0ffc4
 import errno
 import json
 import math
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..core import (DatatoolsError, FormatError, Manifest, UsageError, bad_value, clean_temporaries, config_hash, file_lock, hash_file,
                             human_bytes, progress, rng_for)
@@ -143,7 +144,7 @@ def make_sample(
         message = rendering.message or message
     return GivenUp(rejections, message)
 
-# %% ../../nbs/vst/47_generate.ipynb #5cd364cf
+# %% ../../nbs/vst/47_generate.ipynb #c08e2cc3
 BLOCK = 8  # samples of a task
 
 @lru_cache(maxsize=1)
@@ -157,6 +158,7 @@ def _lock(config: GenerateConfig):
     "Only one process at a time makes a partial chunk, or turns one into a final file."
     with file_lock(Path(config.output_dir)/'.chunks.lock', wait=True): yield
 
+# %% ../../nbs/vst/47_generate.ipynb #d8aa3cc9
 def _open_partial(job: Job, chunk: int, rows: range):
     "The partial of a chunk, made if need be; None if the chunk is finished."
     path, layout = chunk_path(job.config, chunk), chunk_layout(job, chunk)
@@ -246,17 +248,23 @@ def plan(config: GenerateConfig) -> tuple:  # (`Job`, config for the manifest)
     decides = dict(content(config), parameters=spec.to_dict(), instrument=instrument, phrases=[[name, [list(note) for note in notes]] for name, notes in phrases])
     return Job(config, spec, phrases, config_hash(decides)), decides
 
-# %% ../../nbs/vst/47_generate.ipynb #8b85ec76
-def _blocks(job: Job):
-    "Tasks for all chunks that are not finished; a finished one is looked at, quickly."
-    for chunk, size in enumerate(chunk_sizes(job.config)):
+# %% ../../nbs/vst/47_generate.ipynb #25af78b9
+def _unfinished(job: Job) -> list:  # numbers of chunks
+    "The chunks that have no final file; those that have one are looked at, quickly."
+    missing = []
+    for chunk in range(len(chunk_sizes(job.config))):
         path = chunk_path(job.config, chunk)
-        if path.exists():
-            if problems := check_chunk(path, chunk_layout(job, chunk), deep=False):
-                raise FormatError(f'{path} is damaged: {problems[0]}. Remove it, and resume: its samples are rendered again.')
-            continue
-        for start in range(0, size, BLOCK):
-            stop = min(start + BLOCK, size)
+        if not path.exists(): missing.append(chunk)
+        elif problems := check_chunk(path, chunk_layout(job, chunk), deep=False):
+            raise FormatError(f'{path} is damaged: {problems[0]}. Remove it, and resume: its samples are rendered again.')
+    return missing
+
+def _blocks(job: Job, chunks: list):
+    "Tasks for the samples of these chunks."
+    sizes = chunk_sizes(job.config)
+    for chunk in chunks:
+        for start in range(0, sizes[chunk], BLOCK):
+            stop = min(start + BLOCK, sizes[chunk])
             yield Task(f'{chunk}:{start}', (job, chunk, start, stop))
 
 def _open_directory(config: GenerateConfig, decides: dict, resume: bool) -> Manifest:
@@ -271,12 +279,12 @@ def _open_directory(config: GenerateConfig, decides: dict, resume: bool) -> Mani
     manifest.check(decides)
     return manifest
 
-# %% ../../nbs/vst/47_generate.ipynb #7f92f7bd
+# %% ../../nbs/vst/47_generate.ipynb #1858fe50
 class _Account:
     "What has become of the samples so far."
-    def __init__(self, total: int, directory: Path):
+    def __init__(self, total: int, directory: Path, found: int):
         self.total, self.path, self.begun, self.noted = total, directory/'throughput.jsonl', time.time(), time.time()
-        self.made = self.found = 0
+        self.made, self.found = 0, found  # now, and before
         self.cpu_seconds, self.rejections, self.given_up, self.failed, self.message = 0., Counter(), {}, {}, ''
 
     def add(self, result, bar) -> None:
@@ -293,28 +301,31 @@ class _Account:
         bar.update(block['made'] + block['found'])
         if time.time() - self.noted > 5: self.note()
 
-    def note(self) -> None:
-        "A line about the run so far."
-        self.noted = time.time()
-        line = dict(run=round(self.begun, 3), seconds=round(self.noted - self.begun, 3), samples=self.made, cpu_seconds=round(self.cpu_seconds, 3),
-                    rejections=dict(self.rejections))
-        with open(self.path, 'a') as file: file.write(json.dumps(line) + '\n')
+# %% ../../nbs/vst/47_generate.ipynb #9f17753a
+@patch
+def note(self: _Account) -> None:
+    "Write a line about the run so far."
+    self.noted = time.time()
+    line = dict(run=round(self.begun, 3), seconds=round(self.noted - self.begun, 3), samples=self.made, cpu_seconds=round(self.cpu_seconds, 3),
+                rejections=dict(self.rejections))
+    with open(self.path, 'a') as file: file.write(json.dumps(line) + '\n')
 
-    def summary(self, complete: bool) -> dict:
-        "The run in figures."
-        seconds = time.time() - self.begun
-        return dict(complete=complete, samples=self.total, rendered_now=self.made, seconds=round(seconds, 2),
-                    samples_per_second=round(self.made / seconds, 2), cpu_seconds_per_sample=round(self.cpu_seconds / self.made, 4) if self.made else None,
-                    rejections={cause: self.rejections[cause] for cause in CAUSES if self.rejections[cause]},
-                    given_up={str(index): causes for index, causes in self.given_up.items()}, failed_blocks=len(self.failed))
+@patch
+def summary(self: _Account, complete: bool) -> dict:
+    "The run in figures."
+    seconds = time.time() - self.begun
+    return dict(complete=complete, samples=self.total, rendered_now=self.made, seconds=round(seconds, 2),
+                samples_per_second=round(self.made / seconds, 2), cpu_seconds_per_sample=round(self.cpu_seconds / self.made, 4) if self.made else None,
+                rejections={cause: self.rejections[cause] for cause in CAUSES if self.rejections[cause]},
+                given_up={str(index): causes for index, causes in self.given_up.items()}, failed_blocks=len(self.failed))
 
-# %% ../../nbs/vst/47_generate.ipynb #ac29329d
+# %% ../../nbs/vst/47_generate.ipynb #68e1c671
 _ENVIRONMENT = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM)]
 
 def _stop_if_hopeless(account: _Account) -> None:
     "Raise an error when going on makes no sense."
     for message in account.failed.values():
-        if any(text in message for text in _ENVIRONMENT): raise DatatoolsError(f'The run stops: {message}. What was rendered is safe: make room, then resume.')
+        if any(text in message for text in _ENVIRONMENT): raise DatatoolsError(f'The run stops: {message}. What was rendered is safe: mend this, then resume.')
     if account.made or account.found: return
     if len(account.failed) > 2: raise DatatoolsError(f'Nothing could be rendered: {next(iter(account.failed.values()))}')
     if len(account.given_up) >= 2 * HOPELESS:
@@ -323,7 +334,7 @@ def _stop_if_hopeless(account: _Account) -> None:
                 'crash': 'Try datatools vst isolation-check.', 'clipped': 'Try clip: keep.'}.get(causes.most_common(1)[0][0], '')
         said = ', '.join(f'{count:,} {cause}' for cause, count in causes.most_common())
         raise DatatoolsError(f'The first {len(account.given_up)} samples could not be made: of {sum(causes.values()):,} draws, {said}'
-                             f'{" (" + account.message + ")" if account.message else ""}. {hint}')
+                             f'{" (" + account.message + ")" if account.message else ""}. {hint}'.rstrip())
 
 def generate(
     config: GenerateConfig,       # what is to be made, as of `load_config`
@@ -339,14 +350,15 @@ def generate(
         stack.enter_context(file_lock(directory/'.lock'))
         manifest = _open_directory(config, decides, resume)
         clean_temporaries(directory)
-        account = _Account(config.num_samples, directory)
+        chunks, sizes = _unfinished(job), chunk_sizes(config)
+        account = _Account(config.num_samples, directory, config.num_samples - sum(sizes[chunk] for chunk in chunks))
         bar = stack.enter_context(progress(total=config.num_samples, desc='render', show=show_progress, unit='sample'))
-        blocks = _blocks(job)
-        for result in run_tasks(render_block, blocks, workers=config.num_workers, retries=2, engine=engine):
+        bar.update(account.found)
+        for result in run_tasks(render_block, _blocks(job, chunks), workers=config.num_workers, retries=2, engine=engine) if chunks else ():
             account.add(result, bar)
             _stop_if_hopeless(account)
-        account.note()
-        complete = all(chunk_path(config, chunk).exists() for chunk in range(len(chunk_sizes(config))))
+        if account.made: account.note()
+        complete = all(chunk_path(config, chunk).exists() for chunk in range(len(sizes)))
         manifest.update(complete=complete)
         if account.failed: account.message = next(iter(account.failed.values()))
         return dict(account.summary(complete), message=account.message)

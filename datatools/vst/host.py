@@ -218,7 +218,7 @@ def raw_values(self: PluginHost) -> dict:  # name -> raw value of every paramete
     "The parameters as the plugin has them now."
     return {name: parameter.raw_value for name, parameter in self._parameters.items()}
 
-# %% ../../nbs/vst/42_host.ipynb #e8483c19
+# %% ../../nbs/vst/42_host.ipynb #ef417193
 BUFFER_FRAMES = 8192  # a plugin is called with so many frames at a time
 
 @patch
@@ -234,7 +234,7 @@ def render(self: PluginHost,
     try: audio = self.plugin.process(messages, seconds, sample_rate, num_channels=channels, buffer_size=BUFFER_FRAMES, reset=False)
     except (ValueError, RuntimeError) as error:
         hint = ' Set channels: 1 for a mono instrument, 2 for stereo.' if 'channel' in str(error) else ''
-        raise DatatoolsError(f'{self.plugin.name} cannot render {channels} channels at {sample_rate} Hz: {error}.{hint}') from error
+        raise DatatoolsError(f'{self.plugin.name} cannot render {channels} channels at {sample_rate} Hz: {str(error).rstrip(". ")}.{hint}') from error
     if audio.shape[1] < frames: audio = np.pad(audio, ((0, 0), (0, frames - audio.shape[1])))
     return np.ascontiguousarray(audio[:, :frames], np.float32)
 
