@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from ..core import FormatError, Manifest, UsageError, bad_value, human_bytes, progress, rng_for
 from .chunks import FORMAT, VERSION, ChunkLayout, check_chunk, damage_named, load_filters, open_chunk
 
-# %% ../../nbs/vst/48_reader.ipynb #0657e80d
+# %% ../../nbs/vst/48_reader.ipynb #5018af63
 class ChunkEntry(NamedTuple):
     "One chunk of a dataset, there or not."
     number: int   # chunk id
@@ -38,7 +38,9 @@ def header_problem(
     path,   # an HDF5 file
 ) -> str:   # '' where nothing is wrong
     "What the first bytes of a file give away: not HDF5, or cut short."
-    with open(path, 'rb') as file: head, size = file.read(56), os.fstat(file.fileno()).st_size
+    try:
+        with open(path, 'rb') as file: head, size = file.read(56), os.fstat(file.fileno()).st_size
+    except OSError as error: return f'cannot be opened: {error.strerror}'
     if len(head) < 48 or not head.startswith(b'\x89HDF\r\n\x1a\n'): return 'not an HDF5 file'
     version = head[8]
     if head[9 if version >= 2 else 13] != 8: return ''  # offsets of another width than 8 bytes: left to HDF5
@@ -81,13 +83,14 @@ def _planned_entries(directory: Path, config: dict) -> list:
         else: entries.append(ChunkEntry(number, naming.format(chunk=number), *place, 0, 'missing', ''))
     return entries
 
-# %% ../../nbs/vst/48_reader.ipynb #c20ae1de
+# %% ../../nbs/vst/48_reader.ipynb #8824ad6c
 _FOREIGN = re.compile(r'dataset(_(?P<chunk>\d+))?\.h5(?P<partial>\.partial)?')
 
 
 def _found_entries(directory: Path, found: dict) -> list:
     "The chunks of a directory without a manifest, each opened once"
     layouts, problems = {}, {}
+    if max(found) > 1_000_000: raise bad_value('chunk number', max(found), 'at most 1,000,000', f'Rename {found[max(found)][0]}.')
     for number, (name, _, partial) in found.items():
         if not partial and (problem := header_problem(directory/name)): problems[number] = problem
         else:
@@ -135,9 +138,10 @@ class _Rows:
         if os.preadv(self.descriptor, [values], begin) != self.size: raise FormatError(f'{self.dataset.file.filename}: {self.dataset.name} ends before row {row}')
         return values
 
-# %% ../../nbs/vst/48_reader.ipynb #9a5cbe0d
+# %% ../../nbs/vst/48_reader.ipynb #ea6e4738
 _ARRAYS = ('audio', 'mel_spec', 'param_array')
-_NUMBERS = dict(midi_note='midi_notes', velocity='velocities', loudness='loudness', note_start_end='note_start_end', attempt='attempt')
+_NUMBERS = dict(midi_note='midi_notes', velocity='velocities', loudness='loudness', note_start_end='note_start_end', attempt='attempt',
+                rejections='rejections')
 FIELDS = (*_ARRAYS, 'parameters', *_NUMBERS)  # what a sample can hold besides global_id, chunk_id and sample_rate
 
 
@@ -234,7 +238,7 @@ def close(self: ChunkedDatasetReader) -> None:
 @patch
 def __getstate__(self: ChunkedDatasetReader): return self.__dict__ | dict(_process=None, _open=None)
 
-# %% ../../nbs/vst/48_reader.ipynb #ef156d59
+# %% ../../nbs/vst/48_reader.ipynb #40afced5
 @patch
 def _place(self: ChunkedDatasetReader, i) -> tuple:  # (chunk number, row)
     "Where a sample lies"
@@ -269,7 +273,7 @@ def get_sample(self: ChunkedDatasetReader,
     sample['sample_rate'] = self.layout.sample_rate
     return sample
 
-
+# %% ../../nbs/vst/48_reader.ipynb #f761ac97
 @patch
 def __getitem__(self: ChunkedDatasetReader, i):
     if isinstance(i, slice): return [self.get_sample(k) for k in range(*i.indices(len(self)))]
@@ -345,7 +349,7 @@ def _repr_html_(self: ChunkedDatasetReader) -> str:
                    for key, value in info.items())
     return f'<table><caption>{html.escape(self.path.name)}</caption>{rows}</table>'
 
-# %% ../../nbs/vst/48_reader.ipynb #c398756c
+# %% ../../nbs/vst/48_reader.ipynb #beeea032
 @patch
 def validate(self: ChunkedDatasetReader,
     deep: bool = True,    # read every sample and compare its checksum
@@ -356,9 +360,10 @@ def validate(self: ChunkedDatasetReader,
     for entry in progress(self.chunks, desc='validate', show=show, unit='chunk'):
         if entry.state in ('missing', 'partial'): problems = [f'is {entry.state}']
         else:
-            problems = check_chunk(self.directory/entry.name, deep=deep)
-            try: _OpenChunk(self.directory/entry.name, entry, self.layout)
-            except (OSError, FormatError) as error: problems += [str(error)] if not problems else []
+            problems = [entry.problem] if entry.problem else check_chunk(self.directory/entry.name, deep=deep)
+            if not problems:
+                try: _OpenChunk(self.directory/entry.name, entry, self.layout)
+                except (OSError, FormatError) as error: problems = [str(error)]
         report[entry.name] = problems
     return report
 
