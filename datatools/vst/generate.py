@@ -248,7 +248,7 @@ def plan(config: GenerateConfig) -> tuple:  # (`Job`, config for the manifest)
     decides = dict(content(config), parameters=spec.to_dict(), instrument=instrument, phrases=[[name, [list(note) for note in notes]] for name, notes in phrases])
     return Job(config, spec, phrases, config_hash(decides)), decides
 
-# %% ../../nbs/vst/47_generate.ipynb #25af78b9
+# %% ../../nbs/vst/47_generate.ipynb #768b0d68
 def _unfinished(job: Job) -> list:  # numbers of chunks
     "The chunks that have no final file; those that have one are looked at, quickly."
     missing = []
@@ -258,6 +258,12 @@ def _unfinished(job: Job) -> list:  # numbers of chunks
         elif problems := check_chunk(path, chunk_layout(job, chunk), deep=False):
             raise FormatError(f'{path} is damaged: {problems[0]}. Remove it, and resume: its samples are rendered again.')
     return missing
+
+def _clean(config: GenerateConfig) -> None:
+    "Remove what killed processes left behind: temporary files, and partial chunks that are final by now."
+    clean_temporaries(config.output_dir)
+    for chunk in range(len(chunk_sizes(config))):
+        if chunk_path(config, chunk).exists(): partial_path(chunk_path(config, chunk)).unlink(missing_ok=True)
 
 def _blocks(job: Job, chunks: list):
     "Tasks for the samples of these chunks."
@@ -319,8 +325,8 @@ def summary(self: _Account, complete: bool) -> dict:
                 rejections={cause: self.rejections[cause] for cause in CAUSES if self.rejections[cause]},
                 given_up={str(index): causes for index, causes in self.given_up.items()}, failed_blocks=len(self.failed))
 
-# %% ../../nbs/vst/47_generate.ipynb #68e1c671
-_ENVIRONMENT = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM)]
+# %% ../../nbs/vst/47_generate.ipynb #07165a78
+_ENVIRONMENT = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM)]
 
 def _stop_if_hopeless(account: _Account) -> None:
     "Raise an error when going on makes no sense."
@@ -349,8 +355,9 @@ def generate(
     with ExitStack() as stack:
         stack.enter_context(file_lock(directory/'.lock'))
         manifest = _open_directory(config, decides, resume)
-        clean_temporaries(directory)
         chunks, sizes = _unfinished(job), chunk_sizes(config)
+        _clean(config)
+        stack.callback(_clean, config)
         account = _Account(config.num_samples, directory, config.num_samples - sum(sizes[chunk] for chunk in chunks))
         bar = stack.enter_context(progress(total=config.num_samples, desc='render', show=show_progress, unit='sample'))
         bar.update(account.found)
