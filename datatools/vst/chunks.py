@@ -318,14 +318,14 @@ def read(self: PartialChunk,
     "One sample as it is stored."
     return {name: self._get(name, row, row + 1)[0] for name in (*CONTENT, 'checksum', 'done')}
 
-# %% ../../nbs/vst/45_chunks.ipynb #0ed18f96
+# %% ../../nbs/vst/45_chunks.ipynb #e2879be4
 def _filters(compression: str) -> dict:
     "Keyword arguments of `create_dataset`"
     if compression not in COMPRESSIONS: raise bad_value('compression', compression, COMPRESSIONS)
     if compression == 'blosc2':
         import hdf5plugin
-        return dict(hdf5plugin.Blosc2(cname='zstd', clevel=5, filters=hdf5plugin.Blosc2.SHUFFLE))
-    return dict(none={}, lzf=dict(compression='lzf', shuffle=True), gzip=dict(compression='gzip', compression_opts=4, shuffle=True))[compression]
+        return dict(hdf5plugin.Blosc2(cname='zstd', clevel=1, filters=hdf5plugin.Blosc2.SHUFFLE))
+    return dict(none={}, lzf=dict(compression='lzf', shuffle=True), gzip=dict(compression='gzip', compression_opts=1, shuffle=True))[compression]
 
 
 def _create_final(file: h5py.File, layout: ChunkLayout, config_hash: str, compression: str) -> None:

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['FIELDS', 'ChunkEntry', 'header_problem', 'ChunkedDatasetReader', 'TorchSamples']
 
-# %% ../../nbs/vst/48_reader.ipynb #2214f31e
+# %% ../../nbs/vst/48_reader.ipynb #a778f41b
 import html
 import json
 import math
 import os
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +48,7 @@ def header_problem(
     end = int.from_bytes(head[begin:begin + 8], 'little')
     return f'cut short: {size} of {end} bytes' if size < end else ''
 
-# %% ../../nbs/vst/48_reader.ipynb #b6b6a35e
+# %% ../../nbs/vst/48_reader.ipynb #637d845f
 def _files_of(directory: Path, pattern: re.Pattern) -> dict:  # chunk number -> (name, bytes, is it partial)
     "The chunk files of a directory; where a final and a partial file exist, the final one counts"
     found = {}
@@ -67,10 +67,10 @@ def _pattern_of(naming: str) -> re.Pattern:
     return re.compile(f'{re.escape(before)}(?P<chunk>\\d+){re.escape(after)}(?P<partial>\\.partial)?')
 
 
-def _entry(directory: Path, number: int, name: str, first: int, samples: int, size: int, partial: bool) -> ChunkEntry:
+def _entry(directory: Path, number: int, name: str, first: int, samples: int, size: int, unfinished: bool) -> ChunkEntry:
     "Look at one file that is there"
-    problem = '' if partial else header_problem(directory/name)
-    return ChunkEntry(number, name, first, samples, size, 'partial' if partial else 'damaged' if problem else 'ok', problem)
+    problem = '' if unfinished else header_problem(directory/name)
+    return ChunkEntry(number, name, first, samples, size, 'partial' if unfinished else 'damaged' if problem else 'ok', problem)
 
 
 def _planned_entries(directory: Path, config: dict) -> list:
@@ -83,7 +83,7 @@ def _planned_entries(directory: Path, config: dict) -> list:
         else: entries.append(ChunkEntry(number, naming.format(chunk=number), *place, 0, 'missing', ''))
     return entries
 
-# %% ../../nbs/vst/48_reader.ipynb #8824ad6c
+# %% ../../nbs/vst/48_reader.ipynb #77e242f0
 _FOREIGN = re.compile(r'dataset(_(?P<chunk>\d+))?\.h5(?P<partial>\.partial)?')
 
 
@@ -91,17 +91,17 @@ def _found_entries(directory: Path, found: dict) -> list:
     "The chunks of a directory without a manifest, each opened once"
     layouts, problems = {}, {}
     if max(found) > 1_000_000: raise bad_value('chunk number', max(found), 'at most 1,000,000', f'Rename {found[max(found)][0]}.')
-    for number, (name, _, partial) in found.items():
-        if not partial and (problem := header_problem(directory/name)): problems[number] = problem
+    for number, (name, _, unfinished) in found.items():
+        if not unfinished and (problem := header_problem(directory/name)): problems[number] = problem
         else:
             try: layouts[number] = ChunkLayout.read(directory/name)
             except FormatError as error: problems[number] = str(error)
     each = max((layout.first // layout.chunk if layout.chunk else layout.samples for layout in layouts.values()), default=0)
     entries = []
     for number in range(max(found) + 1):
-        name, size, partial = found.get(number, (f'dataset_{number:04d}.h5', 0, False))
+        name, size, unfinished = found.get(number, (f'dataset_{number:04d}.h5', 0, False))
         samples = layouts[number].samples if number in layouts else each
-        state = 'missing' if number not in found else 'partial' if partial else 'damaged' if number in problems else 'ok'
+        state = 'missing' if number not in found else 'partial' if unfinished else 'damaged' if number in problems else 'ok'
         entries.append(ChunkEntry(number, name, number * each, samples, size, state, problems.get(number, '')))
     return entries
 
@@ -209,24 +209,23 @@ def _first_layout(self: ChunkedDatasetReader) -> tuple:  # (layout, fields of a 
         except FormatError as error: reasons.append(str(error))
     raise FormatError(f'{self.path}: no chunk can be read. {reasons[0] if reasons else "There is no file yet."}')
 
-# %% ../../nbs/vst/48_reader.ipynb #a97a3094
+# %% ../../nbs/vst/48_reader.ipynb #bf2b35fa
+def _open_chunk(directory: Path, chunks: list, layout: ChunkLayout, number: int) -> _OpenChunk:
+    "Open a chunk that is there; any other is named"
+    entry = chunks[number]
+    if entry.state != 'ok':
+        what = dict(missing='is missing', partial='is still partial: resume the generator', damaged=f'is damaged: {entry.problem}')[entry.state]
+        raise FormatError(f'{directory}: {entry.name} {what}. Its samples are {entry.first} … {entry.first + entry.samples - 1}.')
+    return _OpenChunk(directory/entry.name, entry, layout)
+
+
 @patch
 def _chunk(self: ChunkedDatasetReader, number: int) -> _OpenChunk:
     "The open file of a chunk, opened by this very process"
     if self._process != os.getpid():
         self.close()
-        self._process, self._open = os.getpid(), lru_cache(self.handles)(self._open_chunk)
+        self._process, self._open = os.getpid(), lru_cache(self.handles)(partial(_open_chunk, self.directory, self.chunks, self.layout))
     return self._open(number)
-
-
-@patch
-def _open_chunk(self: ChunkedDatasetReader, number: int) -> _OpenChunk:
-    "Open a chunk that is there; any other is named"
-    entry = self.chunks[number]
-    if entry.state != 'ok':
-        what = dict(missing='is missing', partial='is still partial: resume the generator', damaged=f'is damaged: {entry.problem}')[entry.state]
-        raise FormatError(f'{self.directory}: {entry.name} {what}. Its samples are {entry.first} … {entry.first + entry.samples - 1}.')
-    return _OpenChunk(self.directory/entry.name, entry, self.layout)
 
 
 @patch
