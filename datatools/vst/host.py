@@ -155,7 +155,7 @@ def parameter_names(
         names.append(name if count[name] == 1 else f'{name}_{count[name]}')
     return tuple(names)
 
-# %% ../../nbs/vst/42_host.ipynb #b4611148
+# %% ../../nbs/vst/42_host.ipynb #8d2db565
 SAMPLE_RATES = 8_000, 192_000
 
 def check_rendering(
@@ -183,6 +183,7 @@ class PluginHost:
             raise bad_value('plugin_path', str(path), 'an instrument', f'{self.plugin.name} is an effect: it changes sound and makes none.')
         self.names = parameter_names(parameters := list(self.plugin._parameters))
         self._parameters = dict(zip(self.names, parameters))
+        self._doubtful = {name for name, parameter in self._parameters.items() if parameter.raw_value != parameter.default_raw_value}
         self._pristine = None
 
     def identity(self) -> dict:  # path, name, version, sha256
@@ -191,7 +192,7 @@ class PluginHost:
 
     def __repr__(self): return f'PluginHost({self.plugin.name!r}, version {self.plugin.version}, {len(self.names)} parameters)'
 
-# %% ../../nbs/vst/42_host.ipynb #067e9b03
+# %% ../../nbs/vst/42_host.ipynb #833bb985
 def check_raw_values(
     values: dict,  # name -> raw value
     known,         # names of the instrument's parameters, a dict or a set
@@ -211,7 +212,9 @@ def set_raw_values(self: PluginHost,
 ) -> None:
     "Set parameters."
     check_raw_values(values, self._parameters)
-    for name, value in values.items(): self._parameters[name].raw_value = value
+    for name, value in values.items():
+        if name in self._doubtful: self._parameters[name].raw_value = 1 - value if value != .5 else 0.
+        self._parameters[name].raw_value = value
 
 @patch(as_prop=True)
 def raw_values(self: PluginHost) -> dict:  # name -> raw value of every parameter
