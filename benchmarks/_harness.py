@@ -2,6 +2,7 @@
 import json
 import os
 import platform
+import resource
 import statistics
 import sys
 import time
@@ -26,10 +27,15 @@ def machine():
         system=platform.platform(), date=time.strftime('%Y-%m-%d %H:%M'))
 
 
+def processor_seconds():
+    "Processor time of this process and of its children that have ended: other people's jobs do not count"
+    return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+
+
 class Times(NamedTuple):
     "Seconds, one per round"
     wall: list
-    processor: list  # of this process alone: other people's jobs do not count
+    processor: list
 
     def rates(self, amount): return Times([amount / each for each in self.wall], [amount / max(each, 1e-9) for each in self.processor])
 
@@ -42,10 +48,10 @@ def in_turns(contestants, rounds):
         for name, each in contestants.items():
             run, most = each if isinstance(each, tuple) else (each, rounds)
             if turn >= most: continue
-            wall, processor = time.perf_counter(), time.process_time()
+            wall, processor = time.perf_counter(), processor_seconds()
             run()
             seconds[name].wall.append(time.perf_counter() - wall)
-            seconds[name].processor.append(time.process_time() - processor)
+            seconds[name].processor.append(processor_seconds() - processor)
     return seconds
 
 
@@ -56,7 +62,8 @@ class Row:
     who: str
     values: object          # Times, by wall clock and by processor time; or a list of other figures
     unit: str = ''
-    ours: float = None      # our median on the same input: the ratio is printed
+    ours: float = None      # our median on the same input, where more is better: the ratio is printed
+    times: float = None     # the ratio itself
     target: str = ''
     met: bool = None        # None where there is no target
     note: str = ''
@@ -68,6 +75,7 @@ class Row:
         else: processor = []
         self.median = statistics.median(self.values)
         if processor: self.by_processor = statistics.median(processor)
+        if self.ours is not None: self.times = self.ours / self.median
         if self.met is not None: self.met = bool(self.met)
 
 
@@ -88,7 +96,7 @@ def show(rows, facts):
         if row.measure != at: lines.append([row.measure])
         at = row.measure
         spread = f'{figure(min(row.values))} … {figure(max(row.values))}' if len(row.values) > 1 else ''
-        ratio = '' if row.ours is None else f'{figure(row.ours / row.median)}x'
+        ratio = '' if row.times is None else f'{figure(row.times)}x'
         met = '' if row.met is None else 'yes' if row.met else 'NO'
         processor = '' if row.by_processor is None else figure(row.by_processor)
         lines.append([f'  {row.who}', f'{figure(row.median)} {row.unit}'.strip(), spread, str(len(row.values)), processor, ratio, row.target, met, row.note])
@@ -96,7 +104,7 @@ def show(rows, facts):
     def layout(line): return '  '.join(cell.ljust(size) for cell, size in zip(line, [*width, 0])).rstrip()
     print(layout(head))
     for line in lines: print(('\n' if len(line) == 1 else '') + layout(line))
-    print('\ntimes: how many times our figure is theirs. n: rounds, in turns with the others of the same measure.\nby processor: the same figure by the processor time of this process instead of the wall clock; other people\'s jobs slow it less.', flush=True)
+    print('\ntimes: how many times better ours is. n: rounds, in turns with the others of the same measure.\nby processor: the same figure by the processor time of this process and its children instead of the wall clock; other people\'s jobs slow it less.', flush=True)
 
 
 def save(name, rows, facts):
