@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONTROLS', 'Settings', 'Control', 'BuiltinSynth']
 
-# %% ../../nbs/vst/41_synth.ipynb #dd136020
+# %% ../../nbs/vst/41_synth.ipynb #7867e56e
 import hashlib
 import math
 import numbers
@@ -18,6 +18,7 @@ from numba import njit
 
 from ..core import bad_value, canonical_json
 from .params import Note
+from .signals import BLOCK, FILTERS, MODULATIONS, WAVEFORMS, envelope_at, exp2, filter_block, modulation_at, noise_at, oscillate
 
 # %% ../../nbs/vst/41_synth.ipynb #5b054806
 class Control(NamedTuple):
@@ -30,13 +31,13 @@ class Control(NamedTuple):
     meaning: str        # for people
     choices: tuple = () # names of the steps
 
-# %% ../../nbs/vst/41_synth.ipynb #1550f775
+# %% ../../nbs/vst/41_synth.ipynb #d30ff979
 @patch
 def value(self: Control,
     raw: float,  # 0 … 1
 ) -> float:      # in `unit`
     "The quantity that a raw value stands for"
-    if self.kind == 'octaves': return self.low * _exp2(self.span * raw)
+    if self.kind == 'octaves': return self.low * exp2(self.span * raw)
     if self.kind == 'linear': return self.low + self.span * raw
     return self.low + min(self.span, float(int(raw * (self.span + 1))))
 
@@ -63,33 +64,28 @@ def text(self: Control,
     if self.unit == '%': return f'{100 * value:.0f} %'
     return f'{value:.0f} {self.unit}' if self.kind == 'steps' or abs(value) >= 100 else f'{value:.3g} {self.unit}'
 
-# %% ../../nbs/vst/41_synth.ipynb #df6a48c4
-_WAVEFORMS = ('sine', 'triangle', 'sawtooth', 'pulse')
-_MODULATIONS = ('sine', 'triangle', 'square', 'random steps')
-_FILTERS = ('off', 'low-pass 12 dB', 'low-pass 24 dB', 'band-pass', 'high-pass')
-
-
+# %% ../../nbs/vst/41_synth.ipynb #e2df3796
 def _share(default, meaning): return Control('linear', default, 0.0, 1.0, '%', meaning)
 def _seconds(default, low, octaves, meaning): return Control('octaves', default, low, octaves, 's', meaning)
 
 
 _tone = dict(
-    oscillator_1_waveform=Control('steps', 2.0, 0.0, 3.0, '', 'shape of the first oscillator', _WAVEFORMS),
-    oscillator_2_waveform=Control('steps', 2.0, 0.0, 3.0, '', 'shape of the second oscillator', _WAVEFORMS),
+    oscillator_1_waveform=Control('steps', 2.0, 0.0, 3.0, '', 'shape of the first oscillator', WAVEFORMS),
+    oscillator_2_waveform=Control('steps', 2.0, 0.0, 3.0, '', 'shape of the second oscillator', WAVEFORMS),
     pulse_width=Control('linear', 0.5, 0.5, 0.4, '%', 'part of a period that a pulse is high'),
     oscillator_2_semitones=Control('steps', 0.0, -24.0, 48.0, 'semitones', 'interval of the second oscillator to the first'),
     oscillator_2_cents=Control('linear', 7.0, -50.0, 100.0, 'cents', 'fine tuning of the second oscillator'),
     oscillator_mix=_share(0.5, 'from the first oscillator alone to the second alone'),
     sub_level=_share(0.0, 'a sine an octave below the first oscillator'),
     noise_level=_share(0.0, 'white noise'),
-    filter_type=Control('steps', 1.0, 0.0, 4.0, '', 'what the filter lets through', _FILTERS),
+    filter_type=Control('steps', 1.0, 0.0, 4.0, '', 'what the filter lets through', FILTERS),
     filter_cutoff=Control('octaves', 2000.0, 20.0, 10.0, 'Hz', 'corner frequency of the filter'),
     filter_resonance=_share(0.2, 'emphasis at the corner frequency'),
     filter_key_tracking=_share(0.5, 'how far the corner follows the pitch, from note 60'),
     filter_envelope=Control('linear', 1.0, -5.0, 10.0, 'octaves', 'how far the filter envelope moves the corner'),
     drive=_share(0.0, 'saturation after the filter'))
 
-# %% ../../nbs/vst/41_synth.ipynb #1bf403b6
+# %% ../../nbs/vst/41_synth.ipynb #b197da0d
 _motion = dict(
     filter_attack=_seconds(0.005, 0.001, 11.0, 'rise of the filter envelope'),
     filter_decay=_seconds(0.3, 0.01, 9.0, 'its fall to the sustain level'),
@@ -100,7 +96,7 @@ _motion = dict(
     amplitude_sustain=_share(0.7, 'level that it holds until the note ends'),
     amplitude_release=_seconds(0.2, 0.01, 9.0, 'its fall to silence after the note'),
     velocity_sensitivity=_share(0.5, 'how much softer a soft note is'),
-    lfo_waveform=Control('steps', 0.0, 0.0, 3.0, '', 'shape of the low-frequency oscillator', _MODULATIONS),
+    lfo_waveform=Control('steps', 0.0, 0.0, 3.0, '', 'shape of the low-frequency oscillator', MODULATIONS),
     lfo_rate=Control('octaves', 5.0, 0.1, 8.0, 'Hz', 'its rate'),
     lfo_to_pitch=Control('linear', 0.0, 0.0, 2.0, 'semitones', 'vibrato'),
     lfo_to_cutoff=Control('linear', 0.0, 0.0, 4.0, 'octaves', 'movement of the filter'),
@@ -111,149 +107,7 @@ _motion = dict(
 CONTROLS = {**_tone, **_motion}             # in the order of the instrument
 Settings = namedtuple('Settings', CONTROLS) # one float64 quantity per parameter
 
-# %% ../../nbs/vst/41_synth.ipynb #a96f828b
-_POWERS = np.ldexp(1.0, np.arange(-64, 65))  # 2**-64 … 2**64, exact
-
-
-@njit(cache=True, nogil=True)
-def _sine(cycles):
-    "sin(2π · cycles) for 0 to 1 cycle, folded into a quarter of a period"
-    x = cycles - 0.25 if cycles >= 0.25 else cycles + 0.75
-    x = 2 * math.pi * (abs(x - 0.5) - 0.25)
-    z = x * x
-    return x * (1 + z * (-1/6 + z * (1/120 + z * (-1/5040 + z * (1/362880 + z * (-1/39916800 + z * (1/6227020800)))))))
-
-
-@njit(cache=True, nogil=True)
-def _exp2(x):
-    "2**x for x from -64 to 64, and what it is at the nearer end beyond"
-    x = min(max(x, -64.0), 64.0)
-    whole = math.floor(x + 0.5)
-    z = (x - whole) * 0.6931471805599453  # ln 2
-    series = 1.0
-    for n in range(12, 0, -1): series = 1.0 + series * z / n
-    return series * _POWERS[int(whole) + 64]
-
-# %% ../../nbs/vst/41_synth.ipynb #60d017d7
-@njit(cache=True, nogil=True)
-def _noise(counter):
-    "Number `counter` of a white noise, uniform in [-1, 1)"
-    x = np.uint64(counter) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.float64(np.int64(x ^ (x >> np.uint64(31)))) * 2.0**-63
-
-# %% ../../nbs/vst/41_synth.ipynb #277c0949
-_BLOCK = 16  # samples between two looks at envelopes and modulation
-
-
-@njit(cache=True, nogil=True)
-def _jump(phase, step):
-    "What rounds a jump from -1 to 1 at phase 0; `step` is the phase between two samples"
-    after = phase < 0.5
-    d = (phase if after else 1 - phase) / step  # distance in samples
-    if d >= 2: return 0.0
-    rest = (2 - d) * (2 - d) * (2 - d) * (2 - d) / 12 if d > 1 else 1 - d * (4 / 3 - d * d * (2 / 3 - d / 4))
-    return -rest if after else rest
-
-
-@njit(cache=True, nogil=True)
-def _corner(phase, step):
-    "What rounds a corner at phase 0 whose slope grows by 8 per cycle"
-    d = min(phase, 1 - phase) / step
-    if d >= 2: return 0.0
-    if d > 1: return (2 - d) * (2 - d) * (2 - d) * (2 - d) * (2 - d) * step / 15
-    return (7 / 30 - d * (1 / 2 - d * (1 / 3 - d * d * (1 / 12 - d / 40)))) * step * 8
-
-
-@njit(cache=True, nogil=True)
-def _wave(waveform, x, step, width):
-    "One sample at phase x"
-    if waveform == 0: return _sine(x)
-    if waveform == 1: return 4 * abs(x - 0.5) - 1 - _corner(x, step) + _corner(x + 0.5 if x < 0.5 else x - 0.5, step)
-    if waveform == 2: return 2 * x - 1 - _jump(x, step)
-    after_fall = x - width if x >= width else x - width + 1
-    return (2.0 if x < width else 0.0) + _jump(x, step) - _jump(after_fall, step) - 2 * width  # no constant part
-
-# %% ../../nbs/vst/41_synth.ipynb #759d69fc
-@njit(cache=True, nogil=True)
-def _oscillate(waveform, phase, frequency, width, out):
-    "Fill `out` from a 64-bit phase on, `frequency` in cycles per sample; the phase after it"
-    step = min(max(frequency, 1e-6), 0.5)
-    level = min(1.0, 20 * (0.5 - step))
-    increment = np.uint64(np.int64(step * 2.0**63)) << np.uint64(1)
-    for i in range(len(out)):
-        out[i] = level * _wave(waveform, np.float64(np.int64(phase >> np.uint64(11))) * 2.0**-53, step, width)
-        phase += increment
-    return phase
-
-# %% ../../nbs/vst/41_synth.ipynb #f39e6d5d
-@njit(cache=True, nogil=True)
-def _envelope(
-    time,     # seconds since the note began
-    gate,     # seconds that it lasts
-    attack, decay, sustain, release,
-):            # 0 … 1
-    "Level of an envelope"
-    held = min(time, gate)
-    if held < attack:
-        x = held / attack
-        level = x * (2 - x)
-    else:
-        x = max(0.0, 1 - (held - attack) / decay)
-        level = sustain + (1 - sustain) * x * x * x
-    if time > gate:
-        x = max(0.0, 1 - (time - gate) / release)
-        level *= x * x * x
-    return level
-
-
-@njit(cache=True, nogil=True)
-def _modulation(waveform, cycles):
-    "The low-frequency oscillator, -1 … 1"
-    whole = math.floor(cycles)
-    x = cycles - whole
-    if waveform == 0: return _sine(x)
-    if waveform == 1: return 1 - abs(4 * x - 1) if x < 0.75 else 4 * x - 4
-    if waveform == 2: return 1.0 if x < 0.5 else -1.0
-    return _noise(np.int64(whole) + 1)
-
-# %% ../../nbs/vst/41_synth.ipynb #f89995a1
-@njit(cache=True, nogil=True)
-def _section(x, first, second, g, damping, factor):
-    "One sample through one section: band, low, and the two states after it"
-    band = factor * (first + g * (x - second))
-    low = second + g * band
-    return band, low, 2 * band - first, 2 * low - second
-
-
-@njit(cache=True, nogil=True)
-def _filter(
-    kind,       # 1 low-pass 12 dB, 2 low-pass 24 dB, 3 band-pass, 4 high-pass
-    cutoff,     # cycles per sample, below 0.5
-    resonance,  # 0 … 1, Q from 0.5 to 10
-    state,      # (2, 4), kept from block to block
-    blocks,     # (2, samples), left and right, filtered in place
-):
-    "Filter one block; both channels in one loop, which the processor works on side by side"
-    damping = 2 - 1.9 * resonance
-    scale = 0.5 + 0.25 * damping  # a strong resonance takes a softer input
-    g = _sine(cutoff / 2) / _sine(cutoff / 2 + 0.25)
-    factor, before = 1 / (1 + g * (g + damping)), 1 / (1 + g * (g + 1.4))
-    a, b, c, d, e, f, h, k = state[0, 0], state[0, 1], state[0, 2], state[0, 3], state[1, 0], state[1, 1], state[1, 2], state[1, 3]
-    for i in range(blocks.shape[1]):
-        left, right = scale * blocks[0, i], scale * blocks[1, i]
-        if kind == 2:
-            _, left, a, b = _section(left, a, b, g, 1.4, before)
-            _, right, e, f = _section(right, e, f, g, 1.4, before)
-        band_left, low_left, c, d = _section(left, c, d, g, damping, factor)
-        band_right, low_right, h, k = _section(right, h, k, g, damping, factor)
-        if kind <= 2: blocks[0, i], blocks[1, i] = low_left, low_right
-        elif kind == 3: blocks[0, i], blocks[1, i] = damping * band_left, damping * band_right
-        else: blocks[0, i], blocks[1, i] = left - damping * band_left - low_left, right - damping * band_right - low_right
-    state[0, 0], state[0, 1], state[0, 2], state[0, 3], state[1, 0], state[1, 1], state[1, 2], state[1, 3] = a, b, c, d, e, f, h, k
-
-# %% ../../nbs/vst/41_synth.ipynb #2a761a33
+# %% ../../nbs/vst/41_synth.ipynb #bafddd8f
 @njit(cache=True, nogil=True)
 def _saturate(drive, blocks):
     "Blend in a saturated copy, in place"
@@ -271,11 +125,11 @@ def _mix(s, one, two, sub, hiss, blocks):
     for i in range(blocks.shape[1]):
         x, y, centre = (1 - s.oscillator_mix) * one[i], s.oscillator_mix * two[i], 0.0
         if s.sub_level > 0: centre += s.sub_level * sub[i]
-        if s.noise_level > 0: centre += s.noise_level * _noise(hiss + i)
+        if s.noise_level > 0: centre += s.noise_level * noise_at(hiss + i)
         blocks[0, i] = x + near * y + centre
         blocks[1, i] = near * x + y + centre
 
-# %% ../../nbs/vst/41_synth.ipynb #1401536b
+# %% ../../nbs/vst/41_synth.ipynb #e71c8670
 @njit(cache=True, nogil=True)
 def _play(
     s,         # Settings
@@ -288,27 +142,27 @@ def _play(
 ):
     "Add one voice to `out`"
     gate, total, level = (last - first) / rate, out.shape[1] - first, 0.0
-    loudness = _exp2(s.gain * 0.16609640474436813) * (1 - s.velocity_sensitivity * (1 - velocity * velocity / 16129.0))  # log2(10) / 20
-    interval = _exp2(s.oscillator_2_semitones / 12 + s.oscillator_2_cents / 1200)
-    one, two, sub, blocks, state = np.empty(_BLOCK), np.empty(_BLOCK), np.empty(_BLOCK), np.empty((2, _BLOCK)), np.zeros((2, 4))
+    loudness = exp2(s.gain * 0.16609640474436813) * (1 - s.velocity_sensitivity * (1 - velocity * velocity / 16129.0))  # log2(10) / 20
+    interval = exp2(s.oscillator_2_semitones / 12 + s.oscillator_2_cents / 1200)
+    one, two, sub, blocks, state = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK), np.empty((2, BLOCK)), np.zeros((2, 4))
     phase_one, phase_two, phase_sub = np.uint64(0), np.uint64(0), np.uint64(0)
-    for begin in range(0, total, _BLOCK):
-        now, then = begin / rate, (begin + _BLOCK) / rate
-        wave = _modulation(s.lfo_waveform, now * s.lfo_rate)
-        frequency = 440.0 / rate * _exp2((pitch - 69 + s.lfo_to_pitch * wave) / 12)
-        phase_one = _oscillate(s.oscillator_1_waveform, phase_one, frequency, s.pulse_width, one)
-        phase_two = _oscillate(s.oscillator_2_waveform, phase_two, frequency * interval, s.pulse_width, two)
-        if s.sub_level > 0: phase_sub = _oscillate(0.0, phase_sub, frequency / 2, 0.5, sub)
+    for begin in range(0, total, BLOCK):
+        now, then = begin / rate, (begin + BLOCK) / rate
+        wave = modulation_at(s.lfo_waveform, now * s.lfo_rate)
+        frequency = 440.0 / rate * exp2((pitch - 69 + s.lfo_to_pitch * wave) / 12)
+        phase_one = oscillate(s.oscillator_1_waveform, phase_one, frequency, s.pulse_width, one)
+        phase_two = oscillate(s.oscillator_2_waveform, phase_two, frequency * interval, s.pulse_width, two)
+        if s.sub_level > 0: phase_sub = oscillate(0.0, phase_sub, frequency / 2, 0.5, sub)
         _mix(s, one, two, sub, (np.int64(pitch + 1) << 40) + begin, blocks)
         if s.filter_type > 0:
             octaves = s.lfo_to_cutoff * wave + s.filter_key_tracking * (pitch - 60) / 12
-            octaves += s.filter_envelope * _envelope(now, gate, s.filter_attack, s.filter_decay, s.filter_sustain, s.filter_release)
-            _filter(s.filter_type, min(max(s.filter_cutoff * _exp2(octaves), 10.0) / rate, 0.45), s.filter_resonance, state, blocks)
+            octaves += s.filter_envelope * envelope_at(now, gate, s.filter_attack, s.filter_decay, s.filter_sustain, s.filter_release)
+            filter_block(s.filter_type, min(max(s.filter_cutoff * exp2(octaves), 10.0) / rate, 0.45), s.filter_resonance, state, blocks)
         if s.drive > 0: _saturate(s.drive, blocks)
-        height = _envelope(then, gate, s.amplitude_attack, s.amplitude_decay, s.amplitude_sustain, s.amplitude_release)
+        height = envelope_at(then, gate, s.amplitude_attack, s.amplitude_decay, s.amplitude_sustain, s.amplitude_release)
         before, level = level, height * loudness * (1 - s.lfo_to_amplitude * (0.5 + 0.5 * wave))
-        for i in range(min(_BLOCK, total - begin)):
-            amplitude = before + (level - before) * i / _BLOCK
+        for i in range(min(BLOCK, total - begin)):
+            amplitude = before + (level - before) * i / BLOCK
             out[0, first + begin + i] += amplitude * blocks[0, i]
             out[1, first + begin + i] += amplitude * blocks[1, i]
         if height == 0 and now > s.amplitude_attack: return
@@ -401,14 +255,14 @@ def warm_up(self: BuiltinSynth) -> None:
     "Compile everything now, for a process that is about to be forked"
     self.render([Note(60, 100, 0.0, 0.01)], 0.01, 8000)
 
-# %% ../../nbs/vst/41_synth.ipynb #d32a8f0c
+# %% ../../nbs/vst/41_synth.ipynb #474081f7
 @patch
 def identity(self: BuiltinSynth) -> dict:  # path, name, version, sha256
     "What this instrument is, to be compared when a job is resumed"
     digest = hashlib.sha256(canonical_json([self.version, list(map(list, CONTROLS.items()))]))
     other = BuiltinSynth()
     for i in range(12):
-        raw = {name: 0.5 + 0.5 * _noise(100 * i + k) for k, name in enumerate(CONTROLS)}
+        raw = {name: 0.5 + 0.5 * noise_at(100 * i + k) for k, name in enumerate(CONTROLS)}
         raw |= {name: (i + k) % (control.span + 1) / control.span for k, (name, control) in enumerate(CONTROLS.items()) if control.choices}
         other.set_raw_values(raw)
         audio = other.render([Note(36 + 5 * i, 100, 0.0, 0.1), Note(60, 64, 0.03, 0.06)], 0.15, 22050)
