@@ -325,7 +325,7 @@ def summary(self: _Account, complete: bool) -> dict:
                 rejections={cause: self.rejections[cause] for cause in CAUSES if self.rejections[cause]},
                 given_up={str(index): causes for index, causes in self.given_up.items()}, failed_blocks=len(self.failed))
 
-# %% ../../nbs/vst/47_generate.ipynb #07165a78
+# %% ../../nbs/vst/47_generate.ipynb #263f1541
 _ENVIRONMENT = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM)]
 
 def _stop_if_hopeless(account: _Account) -> None:
@@ -367,7 +367,9 @@ def generate(
         if account.made: account.note()
         complete = all(chunk_path(config, chunk).exists() for chunk in range(len(sizes)))
         manifest.update(complete=complete)
-        if account.failed: account.message = next(iter(account.failed.values()))
+        if account.failed:
+            account.message = next(iter(account.failed.values()))
+            if config.isolation != 'fork' and 'killed by' in account.message: account.message += '; with isolation: fork it would have cost one draw'
         return dict(account.summary(complete), message=account.message)
 
 # %% ../../nbs/vst/47_generate.ipynb #37e96384

@@ -6,11 +6,12 @@
 __all__ = ['FAULT_BYTES', 'ISOLATIONS', 'Rendering', 'Fork', 'ForkIsolation', 'NoIsolation', 'StateIsolation', 'check_isolation',
            'advise_isolation', 'in_process', 'look_at_instrument', 'probe_instrument', 'try_isolation']
 
-# %% ../../nbs/vst/43_isolation.ipynb #d9947d04
+# %% ../../nbs/vst/43_isolation.ipynb #7a4bb7fb
 import faulthandler
 import gc
 import hashlib
 import mmap
+import multiprocessing
 import os
 import select
 import signal
@@ -147,11 +148,24 @@ class ForkIsolation:
             return self.instrument.render(notes, *self.shape)
         return self.fork.call(play)
 
-# %% ../../nbs/vst/43_isolation.ipynb #49f32306
+# %% ../../nbs/vst/43_isolation.ipynb #6aa0341e
+@contextmanager
+def _or_die(
+    timeout: float,  # seconds, None for no limit
+):
+    "Have a worker process killed (SIGALRM) when the block takes too long: nothing else ends a plugin that hangs. Other processes wait."
+    limited = timeout is not None and multiprocessing.parent_process() is not None and hasattr(signal, 'setitimer')
+    if limited:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, timeout)
+    try: yield
+    finally:
+        if limited: signal.setitimer(signal.ITIMER_REAL, 0)
+
 class NoIsolation:
     "All renderings in this process, one after the other."
     def __init__(self, instrument, seconds: float, sample_rate: int, channels: int = 2, timeout: float = None):
-        self.instrument, self.shape = instrument, (seconds, sample_rate, channels)
+        self.instrument, self.shape, self.timeout = instrument, (seconds, sample_rate, channels), timeout
         check_rendering(*self.shape)
         instrument.prepare(sample_rate, channels)
 
@@ -159,15 +173,16 @@ class NoIsolation:
         "Set parameters and play notes."
         start = time.process_time()
         try:
-            self.instrument.set_raw_values(values)
-            audio = self.instrument.render(notes, *self.shape)
+            with _or_die(self.timeout):
+                self.instrument.set_raw_values(values)
+                audio = self.instrument.render(notes, *self.shape)
         except DatatoolsError as error: return Rendering(None, 'error', str(error), time.process_time() - start)
         return Rendering(audio, cpu_seconds=time.process_time() - start)
 
 class StateIsolation(NoIsolation):
     "The instrument's saved state is put back before each rendering."
     def __init__(self, instrument, seconds: float, sample_rate: int, channels: int = 2, timeout: float = None):
-        super().__init__(instrument, seconds, sample_rate, channels)
+        super().__init__(instrument, seconds, sample_rate, channels, timeout)
         instrument.remember()
 
     def render(self, values: dict, notes) -> Rendering:
