@@ -75,12 +75,12 @@ def in_child(function):
     os._exit(0)
 
 
-def killed_after(lines, function):
-    "Run a function, and kill the process by SIGKILL at the given line of chunks.py, core.py or h5py"
+def killed_after(lines, function, packages):
+    "Run a function, and kill the process by SIGKILL at the given line, counting those of the packages"
     left = [lines]
 
     def trace(frame, event, _):
-        if not any(part in frame.f_code.co_filename for part in ('datatools', 'h5py')): return None
+        if not any(f'{os.sep}{package}{os.sep}' in frame.f_code.co_filename for package in packages): return None
         if event == 'line':
             left[0] -= 1
             if not left[0]: os.kill(os.getpid(), signal.SIGKILL)
@@ -90,13 +90,13 @@ def killed_after(lines, function):
     sys.settrace(None)
 
 
-def kill_drill(folder, reference, step, offset):
-    "Kill a worker after `offset`, `offset + step`, … lines; every time the state is sound and work ends in the same bytes"
-    points, lines, names = 0, offset, set()
+def kill_drill(folder, reference, step, packages):
+    "Kill a worker after 1, 1 + step, … lines; every time the state is sound and work ends in the same bytes"
+    points, lines, names = 0, 1, set()
     while True:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        status = in_child(lambda: killed_after(lines, lambda: work(folder)))
+        status = in_child(lambda: killed_after(lines, lambda: work(folder), packages))
         final, part = folder / 'dataset_0002.h5', folder / 'dataset_0002.h5.partial'
         names.add((final.exists(), part.exists()))
         if final.exists(): assert final.read_bytes() == reference
@@ -117,15 +117,27 @@ def kill_drill(folder, reference, step, offset):
 ALL_STATES = {(False, False), (False, True), (True, True), (True, False)}  # final file there, partial there
 
 
-def test_killed_at_many_lines(tmp_path, reference):
-    points, _ = kill_drill(tmp_path / 'x', reference, 53, 1)
+@pytest.fixture
+def fast_folder(tmp_path):
+    "A folder in memory where there is one: a drill syncs thousands of files"
+    with tempfile.TemporaryDirectory(dir='/dev/shm' if os.path.isdir('/dev/shm') else tmp_path) as name: yield Path(name) / 'x'
+
+
+def test_killed_at_many_lines(fast_folder, reference):
+    points, _ = kill_drill(fast_folder, reference, 211, ('datatools', 'h5py'))
     assert points > 15
 
 
 @pytest.mark.drill
-def test_killed_at_every_line(tmp_path, reference):
-    points, states = kill_drill(tmp_path / 'x', reference, 1, 1)
-    assert points > 800 and states == ALL_STATES
+def test_killed_at_every_other_line(fast_folder, reference):
+    points, states = kill_drill(fast_folder, reference, 2, ('datatools',))
+    assert points > 400 and states == ALL_STATES
+
+
+@pytest.mark.drill
+def test_killed_at_many_lines_of_h5py(fast_folder, reference):
+    points, _ = kill_drill(fast_folder, reference, 37, ('datatools', 'h5py'))
+    assert points > 100
 
 
 def test_killed_between_any_two_system_calls_of_a_write(tmp_path, monkeypatch, reference):

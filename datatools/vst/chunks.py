@@ -208,7 +208,7 @@ def open(cls: PartialChunk,
     "Open a partial file to go on with it; a flagged sample with a wrong checksum counts as not done."
     return cls(path, layout, config_hash, rows)
 
-# %% ../../nbs/vst/45_chunks.ipynb #d6dd1627
+# %% ../../nbs/vst/45_chunks.ipynb #f8ced12b
 @patch
 def _put(self: PartialChunk, name: str, row: int, value: np.ndarray) -> None:
     "Write one row of a dataset"
@@ -240,6 +240,13 @@ def _intact(self: PartialChunk, row: int) -> bool:
     checksum = 0
     for name in CONTENT: checksum = zlib.crc32(self._get(name, row, row + 1), checksum)
     return checksum == self._get('checksum', row, row + 1)[0]
+
+# %% ../../nbs/vst/45_chunks.ipynb #73450e67
+@patch
+def refresh(self: PartialChunk) -> np.ndarray:  # `done`, bool (samples,)
+    "Read the flags again: other processes may have written samples since."
+    self.done = self._get('done', 0, self.layout.samples)
+    return self.done
 
 
 @patch
