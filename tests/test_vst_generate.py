@@ -12,23 +12,27 @@ import threading
 import time
 import uuid
 from collections import Counter
+from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 
 import h5py
 import numpy as np
 import psutil
 import pytest
+from mido import Message, MidiFile, MidiTrack
 
-from datatools.core import DatatoolsError, FormatError, LockedError, MismatchError, UsageError
+from datatools.core import DatatoolsError, FormatError, LockedError, MismatchError, UsageError, rng_for, rss_bytes
 from datatools.jobs import Engine, InlineEngine, call
 from datatools.vst import ChunkedDatasetReader
 from datatools.vst.chunks import CAUSES, CONTENT
 from datatools.vst.config import make_config
 from datatools.vst.generate import draw, generate, plan
 from datatools.vst.host import load_instrument
-from datatools.vst.isolation import in_process
+from datatools.vst.isolation import ForkIsolation, in_process, probe_instrument
 from datatools.vst.params import Categorical, ParamSpec, draft_spec, load_param_set
 
+generating = import_module('datatools.vst.generate')
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = dict(sample_rate=16_000, duration_seconds=.5)
 BESIDES = {'manifest.json', 'throughput.jsonl', '.lock', '.chunks.lock'}
@@ -64,6 +68,14 @@ def done_count(folder):
         if path.suffix == '.partial' and path.with_suffix('').exists(): continue
         with h5py.File(path) as file: count += int(file['done'][:].sum())
     return count
+
+
+@pytest.fixture(autouse=True, scope='module')
+def looked_at_once():
+    "To look at a plugin takes a new process each time; here its files do not change, but for tests that ask again"
+    original, generating.probe_instrument = generating.probe_instrument, lru_cache(generating.probe_instrument)
+    yield generating.probe_instrument
+    generating.probe_instrument = original
 
 
 @pytest.fixture
@@ -455,3 +467,324 @@ def test_the_parent_is_killed_every_20_milliseconds(run, quick, tmp_path, isolat
         if not (quick/'set'/'manifest.json').exists() or safe < 20: assert run('--resume', **settings).end()['rendered_now'] == 20 - safe, moment
         else: run('--resume', **settings).end()
         assert chunks(quick/'set') == expected, moment
+
+
+# --- a plugin that fails
+
+
+@pytest.fixture(scope='session')
+def drafted(test_plugin):
+    "The parameters of the test instrument over their whole range, with neither leakage nor chance nor misbehaviour"
+    def choose(parameter):
+        kept = dict(leakage='None', nondeterministic='Off', misbehave='None').get(parameter.name)
+        return parameter if kept is None else Categorical(parameter.name, parameter.values, parameter.raw_values, [float(value == kept) for value in parameter.values])
+    spec = draft_spec('drafted', probe_instrument(test_plugin, details=True)['parameters'])
+    return ParamSpec('drafted', [choose(parameter) for parameter in spec.parameters], spec.note)
+
+
+def param_set(spec, folder, name='set', **weights):
+    "A file of parameters in which choices have these weights: `misbehave=dict(Segfault=.01)`, the rest None or Off"
+    def weighted(parameter):
+        if parameter.name not in weights: return parameter
+        given = weights[parameter.name]
+        shares = [given.get(str(value), 0.) for value in parameter.values]
+        if not sum(shares) >= 1: shares[0] = 1 - sum(shares)
+        return Categorical(parameter.name, parameter.values, parameter.raw_values, shares)
+    path = folder/f'{name}.yaml'
+    ParamSpec(spec.name, [weighted(parameter) for parameter in spec.parameters], spec.note).to_yaml(path)
+    return str(path)
+
+
+def cause_drawn(job, index, attempt):
+    "What goes wrong with an attempt, as its parameters ask for"
+    choice = CHOICES[round(draw(job, index, attempt).patch.parameters['misbehave'] * 7)]
+    return CAUSE_OF.get(choice, ''), choice
+
+
+def test_crashes_and_hangs_cost_one_attempt_each(test_plugin, drafted, tmp_path):
+    "All samples are there; each rejection is the one that the parameters asked for, with any number of workers"
+    weights = dict(Segfault=.01, Hang=.01, Abort=.02, Exit=.02, NaN=.03, Silence=.03, Leak=.03)
+    settings = dict(num_samples=60, samples_per_file=25, plugin_path=str(test_plugin), param_set=param_set(drafted, tmp_path, misbehave=weights), timeout_seconds=1, seed=33)
+    summaries = [make(tmp_path/'1', **settings), generate(config(tmp_path/'2', num_workers=2, **settings))]
+    job, _ = plan(config(tmp_path/'unused', **settings))
+    expected, choices = [], Counter()
+    with ChunkedDatasetReader(tmp_path/'1') as reader: attempts = [sample['attempt'] for sample in reader]
+    for index, attempt in enumerate(attempts):
+        drawn = [cause_drawn(job, index, number) for number in range(attempt + 1)]
+        choices.update(choice for _, choice in drawn)
+        assert drawn[-1][0] == ''
+        expected.append(Counter(cause or 'silent' for cause, _ in drawn[:-1]))  # a patch can be silent without misbehaving
+    assert {*CHOICES} <= {*choices}, f'choose another seed: {choices}'
+    stored = np.concatenate([h5py.File(path)['rejections'][:] for path in sorted((tmp_path/'1').glob('*.h5'))])
+    assert stored.tolist() == [[rejected[cause] for cause in CAUSES] for rejected in expected]
+    for summary in summaries:
+        assert summary['complete'] and summary['rendered_now'] == 60 and not summary['given_up'] and not summary['failed_blocks']
+        assert summary['rejections'] == {cause: count for cause in CAUSES if (count := sum(rejected[cause] for rejected in expected))}
+    assert chunks(tmp_path/'1') == chunks(tmp_path/'2')
+
+
+def memory_of_leaks(path, spec):
+    "In a process of its own: growth of its resident memory, in bytes, over 12 renderings that leak 50 MiB each"
+    isolation, patch = ForkIsolation(load_instrument(path), .5, 16_000), spec.sample(rng_for(0, 'leak'))
+    sizes = []
+    for _ in range(13):
+        assert not isolation.render({**patch.parameters, 'misbehave': 1.}, [patch.note._replace(start=0., end=.3)]).fault
+        sizes.append(rss_bytes())
+    return sizes[-1] - sizes[0]
+
+
+def test_what_a_plugin_leaks_goes_with_its_fork(test_plugin, drafted):
+    assert in_process(memory_of_leaks, str(test_plugin), drafted, named='leak') < 5e6
+
+
+@pytest.mark.parametrize('choice, cause', [('Segfault', 'crash'), ('NaN', 'not_finite'), ('Silence', 'silent'), ('Hang', 'timeout')])
+def test_nothing_but_failures(test_plugin, drafted, tmp_path, choice, cause):
+    settings = dict(num_samples=50, plugin_path=str(test_plugin), param_set=param_set(drafted, tmp_path, misbehave={choice: 1.}), max_attempts=3, timeout_seconds=.1)
+    with pytest.raises(DatatoolsError, match=f'The first 4 samples could not be made: of 12 draws, 12 {cause}'): make(tmp_path/'set', **settings)
+
+
+def test_some_samples_are_given_up(test_plugin, drafted, tmp_path):
+    "The others are there; more attempts complete the set, to the bytes of a run that had them from the start"
+    settings = dict(num_samples=24, samples_per_file=8, plugin_path=str(test_plugin), param_set=param_set(drafted, tmp_path, misbehave=dict(Segfault=.3)))
+    summary = make(tmp_path/'set', max_attempts=1, **settings)
+    assert not summary['complete'] and summary['rendered_now'] and summary['rendered_now'] + len(summary['given_up']) <= 24
+    assert {*map(str, summary['given_up'].values())} == {"{'crash': 1}", "{'silent': 1}"}
+    again = make(tmp_path/'set', resume=True, **settings)
+    assert again['complete'] and again['rendered_now'] == 24 - summary['rendered_now']
+    make(tmp_path/'whole', **settings)
+    assert chunks(tmp_path/'set') == chunks(tmp_path/'whole')
+
+
+@pytest.mark.parametrize('isolation', ['state', pytest.param('none', marks=pytest.mark.drill)])
+def test_a_crash_without_a_fork_costs_the_worker(test_plugin, drafted, tmp_path, isolation):
+    "The run survives: other blocks are made, and so are the samples before the crash; it says what happened"
+    settings = dict(num_samples=24, plugin_path=str(test_plugin), param_set=param_set(drafted, tmp_path, misbehave=dict(Segfault=.03)), isolation=isolation, seed=2)
+    job, _ = plan(config(tmp_path/'unused', **settings))
+    assert [index for index in range(24) if cause_drawn(job, index, 0)[0]] == [5], 'choose another seed'
+    summary = generate(config(tmp_path/'set', **settings))
+    assert not summary['complete'] and summary['failed_blocks'] == 1 and not summary['given_up']
+    assert 'SIGSEGV' in summary['message'] and 'isolation: fork' in summary['message']
+    with h5py.File(tmp_path/'set/dataset_0000.h5.partial') as file: assert np.flatnonzero(~file['done'][:]).tolist() == [5, 6, 7]
+
+
+def test_a_hang_without_a_fork_ends_too(test_plugin, drafted, tmp_path):
+    settings = dict(num_samples=8, plugin_path=str(test_plugin), param_set=param_set(drafted, tmp_path, misbehave=dict(Hang=1.)), isolation='state', timeout_seconds=.2)
+    began = time.monotonic()
+    summary = generate(config(tmp_path/'set', **settings))
+    assert not summary['complete'] and 'SIGALRM' in summary['message'] and time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize('leakage', ['None', 'Instance'])
+def test_restoring_the_state_is_enough_for_some_plugins(test_plugin, drafted, tmp_path, leakage):
+    "Samples are the same in any order; where nothing leaks, they are those of the forks"
+    settings = dict(num_samples=10, samples_per_file=3, plugin_path=str(test_plugin), param_set=param_set(drafted, tmp_path, leakage={leakage: 1.}))
+    for name, isolation, engine in (('one', 'state', Shuffled(1)), ('other', 'state', Shuffled(2)), ('fork', 'fork', InlineEngine())):
+        assert make(tmp_path/name, engine=engine, isolation=isolation, **settings)['complete']
+    assert samples(tmp_path/'one') == samples(tmp_path/'other')
+    if leakage == 'None': assert samples(tmp_path/'one') == samples(tmp_path/'fork')
+
+
+# --- a directory that is not what it should be
+
+
+TWENTY = dict(num_samples=20, samples_per_file=9)
+
+
+def begun(reference, folder, done=1):
+    "A copy of the reference of which only the first chunks are there"
+    shutil.copytree(reference, folder)
+    for path in sorted(folder.glob('*.h5'))[done:]: path.unlink()
+    return folder
+
+
+def test_damaged_partial(reference, tmp_path):
+    "A sample with wrong bytes is rendered again; a file that is none is named, and the rest of the set is made"
+    folder = begun(reference, tmp_path/'set')
+    make(tmp_path/'stopped', max_attempts=1, min_loudness=-23., **TWENTY)  # leaves partial chunks
+    partials = sorted((tmp_path/'stopped').glob('*.partial'))
+    assert partials
+    content = bytearray(partials[0].read_bytes())
+    with h5py.File(partials[0]) as file: rows, place = np.flatnonzero(file['done'][:]), file['audio'].id.get_offset()
+    content[place + int(rows[0]) * 2 * 2 * 8000 + 5000] ^= 1
+    partials[0].write_bytes(content)
+    done = done_count(tmp_path/'stopped')
+    again = make(tmp_path/'stopped', resume=True, min_loudness=-23., **TWENTY)
+    assert again['complete'] and again['rendered_now'] == 20 - done + 1
+    make(tmp_path/'whole', min_loudness=-23., **TWENTY)
+    assert chunks(tmp_path/'stopped') == chunks(tmp_path/'whole')
+    for content in (b'', b'x' * 5000, (reference/'dataset_0000.h5').read_bytes()[:3000]):
+        (folder/'dataset_0001.h5').unlink(missing_ok=True)
+        (folder/'dataset_0002.h5').unlink(missing_ok=True)
+        (folder/'dataset_0001.h5.partial').write_bytes(content)
+        summary = make(folder, resume=True, **TWENTY)
+        assert not summary['complete'] and 'dataset_0001.h5.partial' in summary['message'] and 'emove' in summary['message'], summary['message']
+        assert (folder/'dataset_0002.h5').exists()
+    (folder/'dataset_0001.h5.partial').unlink()
+    make(folder, resume=True, **TWENTY)
+    assert chunks(folder) == chunks(reference)
+
+
+def test_somebody_elses_files(tmp_path):
+    for name, content in {'my results.h5': b'precious', 'dataset_0000.h5': b'precious'}.items():
+        folder = tmp_path/name.split('.')[0]
+        folder.mkdir()
+        (folder/name).write_bytes(content)
+        for resume in (False, True):
+            with pytest.raises(UsageError, match=f'It holds {name}, but no manifest.json'): make(folder, resume=resume, **TWENTY)
+        assert (folder/name).read_bytes() == content
+    other = tmp_path/'other'
+    other.mkdir()
+    for content, reason in {'{"a": 1}': "field 'format' is missing", 'x': 'not a valid JSON file', '[]': 'must hold a JSON object'}.items():
+        (other/'manifest.json').write_text(content)
+        with pytest.raises(FormatError, match=f'manifest.json: {reason}'): make(other, resume=True, **TWENTY)
+    (tmp_path/'file').write_text('precious')
+    with pytest.raises((DatatoolsError, OSError), match='file'): make(tmp_path/'file', **TWENTY)
+    assert (tmp_path/'file').read_text() == 'precious'
+
+
+@pytest.mark.parametrize('change, said', [(dict(seed=1), 'seed: 0 on disk, 1 asked for'), (dict(samples_per_file=10), 'samples_per_file: 9 on disk, 10 asked for'),
+                                          (dict(min_loudness=-40), 'min_loudness: -55.0 on disk, -40.0 asked for'), (dict(compression='gzip'), 'compression')], ids=str)
+def test_resumed_with_another_configuration(reference, tmp_path, change, said):
+    folder = begun(reference, tmp_path/'set')
+    before = chunks(folder)
+    with pytest.raises(MismatchError, match=said): make(folder, resume=True, **{**TWENTY, **change})
+    with pytest.raises(UsageError, match='It has a data set: go on with it by --resume'): make(folder, **TWENTY)
+    assert chunks(folder) == before
+
+
+def test_what_does_not_matter_may_change(reference, tmp_path):
+    folder = begun(reference, tmp_path/'set')
+    assert make(folder, resume=True, num_workers=3, max_attempts=7, timeout_seconds=30, **TWENTY)['rendered_now'] == 11
+    moved = shutil.copytree(folder, tmp_path/'elsewhere')
+    assert make(moved, resume=True, **TWENTY)['rendered_now'] == 0 and chunks(moved) == chunks(reference)
+
+
+def test_resumed_with_another_plugin_or_parameter_set(test_plugin, drafted, tmp_path, looked_at_once):
+    "What differs is listed, not everything"
+    plugin = shutil.copytree(test_plugin, tmp_path/'here'/test_plugin.name)
+    settings = dict(num_samples=4, plugin_path=str(plugin), param_set=param_set(drafted, tmp_path))
+    make(tmp_path/'set', max_attempts=1, **settings)
+    param_set(drafted, tmp_path, leakage=dict(Instance=.5))
+    with pytest.raises(MismatchError, match='parameters') as error: make(tmp_path/'set', resume=True, **settings)
+    assert 'leakage' in str(error.value) and 'seed' not in str(error.value) and len(str(error.value)) < 3000, str(error.value)[:3000]
+    param_set(drafted, tmp_path)
+    library = next(plugin.rglob('*.so'))
+    library.write_bytes(library.read_bytes() + b'a new version')
+    looked_at_once.cache_clear()
+    with pytest.raises(MismatchError, match='instrument.sha256: .* on disk') as error: make(tmp_path/'set', resume=True, **settings)
+    assert str(error.value).count(' on disk, ') == 1
+    shutil.copytree(test_plugin, plugin, dirs_exist_ok=True)
+    looked_at_once.cache_clear()
+    (tmp_path/'here').rename(tmp_path/'there')
+    settings['plugin_path'] = str(tmp_path/'there'/test_plugin.name)
+    make(tmp_path/'set', resume=True, **settings)  # the same plugin in another place is the same
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A file system of its own: `small_disk('2m')`"
+    mounted = []
+    def mount(size, *options):
+        folder = tmp_path/f'disk{len(mounted)}'
+        folder.mkdir()
+        if os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', ','.join([f'size={size}', *options]), 'tmpfs', folder], capture_output=True).returncode:
+            pytest.skip('mounting a small file system needs root')
+        mounted.append(folder)
+        return folder
+    yield mount
+    for folder in mounted: subprocess.run(['umount', '-l', folder], check=True)
+
+
+@pytest.mark.parametrize('kilobytes', [200, 1000, 1700])
+def test_a_disk_that_fills_up(reference, small_disk, kilobytes):
+    disk = small_disk(f'{kilobytes}k')
+    with pytest.raises((DatatoolsError, OSError), match='No space left') as error: make(disk/'set', **TWENTY)
+    assert str(error.value).count('\n') == 0
+    safe = done_count(disk/'set')
+    subprocess.run(['mount', '-o', 'remount,size=100m', disk], check=True)
+    assert make(disk/'set', resume=True, **TWENTY)['rendered_now'] == 20 - safe
+    assert chunks(disk/'set') == chunks(reference)
+
+
+def test_output_that_cannot_be_written(small_disk, reference):
+    with pytest.raises(OSError, match='Read-only'): make(small_disk('1m', 'ro')/'set', **TWENTY)
+    disk = small_disk('50m')
+    begun(reference, disk/'set')
+    subprocess.run(['mount', '-o', 'remount,ro', disk], check=True)
+    with pytest.raises(OSError, match='Read-only'): make(disk/'set', resume=True, **TWENTY)
+
+
+# --- plugins of other kinds
+
+
+def test_mono(plugin_variant, drafted, tmp_path):
+    settings = dict(num_samples=4, plugin_path=str(plugin_variant('MONO')), param_set=param_set(drafted, tmp_path))
+    summary = make(tmp_path/'stereo', **settings)
+    assert not summary['complete'] and summary['failed_blocks'] == 1 and 'channels: 1' in summary['message']
+    with pytest.raises(DatatoolsError, match='Nothing could be rendered: .*channels: 1'): make(tmp_path/'more', **{**settings, 'num_samples': 40})
+    assert make(tmp_path/'mono', channels=1, **settings)['complete']
+    with ChunkedDatasetReader(tmp_path/'mono') as reader: assert reader[0]['audio'].shape == (1, 8000) and reader[0]['mel_spec'].shape[:2] == (1, 128)
+
+
+def test_one_of_a_bundle_of_two(plugin_variant, drafted, tmp_path, looked_at_once):
+    path = plugin_variant('TWO_PLUGINS')
+    settings = dict(num_samples=3, plugin_path=str(path), param_set=param_set(drafted, tmp_path))
+    with pytest.raises(UsageError, match='It holds TestSynth-TWO_PLUGINS1, TestSynth-TWO_PLUGINS2: name one of them with plugin_name'): make(tmp_path/'set', **settings)
+    with pytest.raises(UsageError, match="Did you mean 'TestSynth-TWO_PLUGINS2'"): make(tmp_path/'set', plugin_name='TestSynth-TWO_PLUGINS', **settings)
+    assert make(tmp_path/'set', plugin_name='TestSynth-TWO_PLUGINS2', **settings)['complete']
+
+
+def test_a_plugin_of_two_thousand_parameters(plugin_variant, drafted, tmp_path):
+    path, began = plugin_variant('UNPATCHED'), time.monotonic()
+    found = probe_instrument(path, details=True)
+    assert len(found['names']) == 2124 and len(found['parameters']) == 44 and time.monotonic() - began < 20
+    assert make(tmp_path/'set', num_samples=3, plugin_path=str(path), param_set=param_set(drafted, tmp_path))['complete']
+
+
+def test_names_that_the_plugin_does_not_have(test_plugin, drafted, tmp_path):
+    known = Path(param_set(drafted, tmp_path)).read_text()
+    (tmp_path/'wrong.yaml').write_text(known.replace('filter_cutoff', 'filter_cutof').replace('delay_mix', 'delay_mixx'))
+    with pytest.raises(UsageError) as error: make(tmp_path/'set', num_samples=3, plugin_path=str(test_plugin), param_set=str(tmp_path/'wrong.yaml'))
+    for name in ("'filter_cutof'", "'filter_cutoff'", "'delay_mixx'", "'delay_mix'"): assert name in str(error.value)
+    assert not (tmp_path/'set').exists()
+    with pytest.raises(UsageError, match='parameter'): make(tmp_path/'set', num_samples=3, plugin_path=str(test_plugin), param_set='surge_simple')
+
+
+# --- notes from MIDI files
+
+
+def midi(path, *notes):
+    "Write a file of (pitch, start, end) in seconds"
+    messages = sorted([(start, 1, Message('note_on', note=pitch, velocity=90)) for pitch, start, _ in notes] + [(end, 0, Message('note_off', note=pitch)) for pitch, _, end in notes], key=lambda m: m[:2])
+    track, before = MidiTrack(), 0.
+    for moment, _, message in messages:
+        track.append(message.copy(time=round((moment - before) * 960)))  # 480 ticks a beat, 120 beats a minute
+        before = moment
+    file = MidiFile()
+    file.tracks.append(track)
+    file.save(path)
+
+
+def test_notes_of_midi_files(tmp_path):
+    (tmp_path/'midi'/'deep').mkdir(parents=True)
+    midi(tmp_path/'midi'/'a.mid', (60, 0., .25), (64, .25, 9.), (67, .75, 1.))  # one is longer than the sample, one begins after it
+    midi(tmp_path/'midi'/'deep'/'b.MID', (40, .1, .3))
+    (tmp_path/'midi'/'readme.txt').write_text('no notes')
+    settings = dict(num_samples=12, samples_per_file=5, midi=str(tmp_path/'midi'))
+    assert make(tmp_path/'set', **settings)['complete']
+    with ChunkedDatasetReader(tmp_path/'set') as reader:
+        assert {sample['midi_note'] for sample in reader} == {60, 40} and {sample['velocity'] for sample in reader} == {90}
+        assert reader.layout.param_count == load_param_set('builtin').encoded_length - sum(parameter.size for parameter in load_param_set('builtin').note)
+    make(tmp_path/'again', engine=Shuffled(3), **settings)
+    assert chunks(tmp_path/'again') == chunks(tmp_path/'set')
+    midi(tmp_path/'midi'/'deep'/'b.MID', (41, .1, .3))
+    with pytest.raises(MismatchError, match='phrases'): make(tmp_path/'set', resume=True, **settings)
+
+
+def test_midi_that_cannot_be_used(tmp_path):
+    midi(tmp_path/'late.mid', (60, 5., 6.))
+    (tmp_path/'broken.mid').write_bytes(b'MThd nonsense')
+    (tmp_path/'empty').mkdir()
+    for name, said in {'late.mid': 'no note begins within the first 0.5 seconds', 'broken.mid': 'not a readable MIDI file', 'empty': 'There is no .mid file in it', 'none.mid': 'There is no such file'}.items():
+        with pytest.raises(DatatoolsError, match=f'{name}.*{said}'): make(tmp_path/'set', num_samples=3, midi=str(tmp_path/name))
+    assert not (tmp_path/'set').exists()

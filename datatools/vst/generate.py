@@ -158,7 +158,7 @@ def _lock(config: GenerateConfig):
     "Only one process at a time makes a partial chunk, or turns one into a final file."
     with file_lock(Path(config.output_dir)/'.chunks.lock', wait=True): yield
 
-# %% ../../nbs/vst/47_generate.ipynb #d8aa3cc9
+# %% ../../nbs/vst/47_generate.ipynb #29bf57e4
 def _open_partial(job: Job, chunk: int, rows: range):
     "The partial of a chunk, made if need be; None if the chunk is finished."
     path, layout = chunk_path(job.config, chunk), chunk_layout(job, chunk)
@@ -173,7 +173,9 @@ def _finish_chunk(job: Job, chunk: int) -> None:
     with _lock(job.config):
         if path.exists(): return
         with PartialChunk.open(partial_path(path), layout, job.hash, range(0)) as part:
-            if part.done.all(): part.finish(path, lambda vector, row: describe(job, vector), job.config.compression)
+            if not part.done.all(): return
+            try: part.finish(path, lambda vector, row: describe(job, vector), job.config.compression)
+            except FormatError: PartialChunk.open(partial_path(path), layout, job.hash).close()  # damaged samples count as missing now; their block renders them
 
 # %% ../../nbs/vst/47_generate.ipynb #b7a38995
 def _write(job: Job, part: PartialChunk, row: int, sample: Sample) -> None:

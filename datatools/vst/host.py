@@ -70,7 +70,7 @@ def read_notes(
     if not notes: raise FormatError(f'{path}: no note begins within the first {seconds:g} seconds. Choose another file, or a longer duration.')
     return sorted(notes, key=lambda note: (note.start, note.pitch))
 
-# %% ../../nbs/vst/42_host.ipynb #eab06e5a
+# %% ../../nbs/vst/42_host.ipynb #840582ff
 _platforms = {'linux': 'linux', 'darwin': '', 'win32': 'win'}
 _machines = {0x3e: 'x86_64', 0xb7: 'aarch64', 0x03: 'i386', 0x28: 'armv7l', 0xf3: 'riscv64'}
 
@@ -97,7 +97,9 @@ def plugin_fault(
     if not libraries: return 'the bundle is empty: it has no library in Contents/'
     if sys.platform != 'linux': return ''
     faults = {library.parent.name: _library_fault(library) for library in libraries}
-    return '' if '' in faults.values() else f'the bundle is for {", ".join(faults)}: ' + '; '.join(faults.values())
+    fitting = [library.stem for library in libraries if not faults[library.parent.name]]
+    if fitting and path.stem not in fitting: return f'the bundle was renamed: its library is {fitting[0]}.so, so its own name must be {fitting[0]}.vst3'
+    return '' if fitting else f'the bundle is for {", ".join(faults)}: ' + '; '.join(faults.values())
 
 # %% ../../nbs/vst/42_host.ipynb #0b672d88
 def hash_plugin(
