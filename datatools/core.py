@@ -220,8 +220,14 @@ def hash_file(
         while block := file.read(1 << 20): digest.update(block)
     return digest.hexdigest()
 
-# %% ../nbs/00_core.ipynb #019208c8
+# %% ../nbs/00_core.ipynb #40ab57ff
 _missing = '(none)'
+
+def _by_name(value):
+    "A list of objects that have names of their own, as a dict: one that was left out does not make all that follow differ."
+    named = isinstance(value, list) and value and all(isinstance(entry, dict) and isinstance(entry.get('name'), str) for entry in value)
+    entries = {entry['name']: entry for entry in value} if named else {}
+    return entries if named and len(entries) == len(value) else value
 
 def differences(
     old,            # configuration on disk
@@ -229,8 +235,10 @@ def differences(
     prefix: str='', # dotted path so far
 ) -> list:          # of (dotted key, old value, new value); a missing value is '(none)'
     "Exactly which keys differ between two configurations, nested ones included."
-    if not (isinstance(old, dict) and isinstance(new, dict)): return [] if canonical_json(old) == canonical_json(new) else [(prefix or '(all)', old, new)]
-    found = []
+    if canonical_json(old) == canonical_json(new): return []
+    lists, old, new = isinstance(old, list), _by_name(old), _by_name(new)
+    if not (isinstance(old, dict) and isinstance(new, dict)): return [(prefix or '(all)', old, new)]
+    found = [(prefix, f'order {", ".join(old)}', f'order {", ".join(new)}')] if lists and {*old} == {*new} and [*old] != [*new] else []
     for key in sorted({*old, *new}):
         found += differences(old.get(key, _missing), new.get(key, _missing), f'{prefix}.{key}' if prefix else str(key))
     return found
@@ -243,7 +251,7 @@ def check_same_config(
     "Raise a `MismatchError` that lists what differs."
     new = json.loads(canonical_json(new))  # tuples are lists on disk
     if config_hash(old) == config_hash(new): return
-    def shown(value): return value if value == _missing else repr(value)
+    def shown(value): return value if value == _missing else repr(value) if len(repr(value)) <= 200 else f'{repr(value)[:197]}...'
     lines = ''.join(f'\n  {key}: {shown(was)} on disk, {shown(now)} asked for' for key, was, now in differences(old, new))
     raise MismatchError(f'{where} was made with another configuration:{lines}\n'
                         'Ask for the values on disk to go on, or choose a new, empty place to start afresh.')

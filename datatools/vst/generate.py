@@ -158,14 +158,15 @@ def _lock(config: GenerateConfig):
     "Only one process at a time makes a partial chunk, or turns one into a final file."
     with file_lock(Path(config.output_dir)/'.chunks.lock', wait=True): yield
 
-# %% ../../nbs/vst/47_generate.ipynb #29bf57e4
+# %% ../../nbs/vst/47_generate.ipynb #3f453191
 def _open_partial(job: Job, chunk: int, rows: range):
     "The partial of a chunk, made if need be; None if the chunk is finished."
     path, layout = chunk_path(job.config, chunk), chunk_layout(job, chunk)
     with _lock(job.config):
         if path.exists(): return None
         if not partial_path(path).exists(): PartialChunk.create(partial_path(path), layout, job.hash).close()
-    return PartialChunk.open(partial_path(path), layout, job.hash, rows)
+    try: return PartialChunk.open(partial_path(path), layout, job.hash, rows)
+    except FormatError as error: raise FormatError(f'{error}. Remove it, and resume: its samples are rendered again.') from error
 
 def _finish_chunk(job: Job, chunk: int) -> None:
     "Turn a partial chunk whose samples are all there into the final file."
@@ -287,7 +288,7 @@ def _open_directory(config: GenerateConfig, decides: dict, resume: bool) -> Mani
     manifest.check(decides)
     return manifest
 
-# %% ../../nbs/vst/47_generate.ipynb #1858fe50
+# %% ../../nbs/vst/47_generate.ipynb #134b7f71
 class _Account:
     "What has become of the samples so far."
     def __init__(self, total: int, directory: Path, found: int):
@@ -298,7 +299,7 @@ class _Account:
     def add(self, result, bar) -> None:
         "Count the result of a block."
         if result.error:
-            self.failed[result.key] = result.error.message.removeprefix('DatatoolsError: ')
+            self.failed[result.key] = result.error.message.removeprefix('DatatoolsError: ').removeprefix('FormatError: ')
             return
         block = result.value
         self.made, self.found = self.made + block['made'], self.found + block['found']
