@@ -225,7 +225,7 @@ def _settle(self: LocalEngine, slot: _Slot, outcome: Outcome):
     self.ended.put((slot.token, outcome))
     slot.token = slot.future = None
 
-# %% ../nbs/01_jobs.ipynb #c0d97f32
+# %% ../nbs/01_jobs.ipynb #8b11535c
 def _outcome(
     future,          # of Pebble, done
     timeout: float,  # limit in seconds
@@ -238,7 +238,7 @@ def _outcome(
         except Exception as error: return Outcome('exception', None, f'the result cannot be read: {error}', traceback.format_exc(), seconds)
     if isinstance(error, TaskTimeout): return Outcome('timeout', None, f'stopped after {timeout} seconds', '', seconds)
     if isinstance(error, ProcessExpired): return Outcome('crash', None, _death(error.exitcode), '', seconds)
-    if isinstance(error, BrokenExecutor): return Outcome('crash', None, 'the worker died before it began', '', seconds)
+    if isinstance(error, BrokenExecutor): return Outcome('crash', None, "the worker died before it began (a script may start jobs under `if __name__ == '__main__':` only)", '', seconds)
     return Outcome('exception', None, f'{type(error).__name__}: {error}', '', seconds)
 
 def _death(
