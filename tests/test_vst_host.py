@@ -56,6 +56,12 @@ def test_an_effect_is_no_instrument(zam_plugin):
     with pytest.raises(UsageError, match='it must be an instrument. ZamComp is an effect'): load_instrument(zam_plugin)
 
 
+def test_a_plugin_does_not_change_how_numbers_are_calculated(zam_plugin):
+    "This one was built with -ffast-math: loading it has the processor flush small numbers to zero"
+    with pytest.raises(UsageError): load_instrument(zam_plugin)
+    assert (np.float32([1e-40]) * np.float32(1))[0] > 0
+
+
 def test_a_bundle_of_two(plugin_variant):
     path = plugin_variant('TWO_PLUGINS')
     with pytest.raises(UsageError, match='It holds TestSynth-TWO_PLUGINS1, TestSynth-TWO_PLUGINS2: name one of them with plugin_name'): load_instrument(path)

@@ -7,7 +7,8 @@ __all__ = ['field_minimum', 'SAMPLE_RATES', 'BUFFER_FRAMES', 'check_notes', 'mid
            'hash_plugin', 'parameter_names', 'check_rendering', 'PluginHost', 'check_raw_values', 'BuiltinHost',
            'load_instrument', 'parameter_facts']
 
-# %% ../../nbs/vst/42_host.ipynb #212a3bfb
+# %% ../../nbs/vst/42_host.ipynb #8cfd8ebc
+import ctypes
 import hashlib
 import math
 import os
@@ -115,7 +116,7 @@ def hash_plugin(
             while block := stream.read(1 << 20): digest.update(block)
     return digest.hexdigest()
 
-# %% ../../nbs/vst/42_host.ipynb #bb82f8d7
+# %% ../../nbs/vst/42_host.ipynb #46035160
 @contextmanager
 def _without_parameter_scan():
     "Within this block, pedalboard loads plugins without looking at a thousand values of each parameter."
@@ -125,6 +126,15 @@ def _without_parameter_scan():
     setattr(mixin, name, lambda plugin, values: None)
     try: yield
     finally: setattr(mixin, name, scan)
+
+@contextmanager
+def _same_arithmetic():
+    "Within this block a library may change how this thread calculates; it is undone. Those built with -ffast-math flush small numbers to zero for all."
+    library, environment = ctypes.CDLL(None) if os.name == 'posix' else None, ctypes.create_string_buffer(256)
+    if library: library.fegetenv(environment)
+    try: yield
+    finally:
+        if library: library.fesetenv(environment)
 
 def _open_plugin(
     path: Path,           # of the plugin
@@ -136,11 +146,12 @@ def _open_plugin(
     if fault := plugin_fault(path): raise bad_value('plugin_path', str(path), 'a VST3 instrument for this machine', f'{fault[0].upper()}{fault[1:]}.')
     if not hasattr(pedalboard, 'VST3Plugin'): raise DatatoolsError('This build of pedalboard cannot load VST3 plugins; install pedalboard from PyPI.')
     try:
-        names = pedalboard.VST3Plugin.get_plugin_names_for_file(str(path))
-        if plugin_name is not None and plugin_name not in names: raise bad_value('plugin_name', plugin_name, names)
-        if plugin_name is None and len(names) > 1:
-            raise bad_value('plugin_path', str(path), 'a bundle of one plugin', f'It holds {", ".join(names)}: name one of them with plugin_name.')
-        with _without_parameter_scan(): return pedalboard.VST3Plugin(str(path), plugin_name=plugin_name, initialization_timeout=timeout)
+        with _same_arithmetic(), _without_parameter_scan():
+            names = pedalboard.VST3Plugin.get_plugin_names_for_file(str(path))
+            if plugin_name is not None and plugin_name not in names: raise bad_value('plugin_name', plugin_name, names)
+            if plugin_name is None and len(names) > 1:
+                raise bad_value('plugin_path', str(path), 'a bundle of one plugin', f'It holds {", ".join(names)}: name one of them with plugin_name.')
+            return pedalboard.VST3Plugin(str(path), plugin_name=plugin_name, initialization_timeout=timeout)
     except (ImportError, RuntimeError) as error:
         raise FormatError(f'{path}: the plugin cannot be loaded: {error}') from error
 
