@@ -245,7 +245,7 @@ def test_a_flipped_bit_in_a_final_file(tmp_path, reference): flip_many(tmp_path,
 
 
 @pytest.mark.drill
-def test_many_flipped_bits_in_a_final_file(tmp_path, reference): flip_many(tmp_path, reference, 3000)
+def test_many_flipped_bits_in_a_final_file(tmp_path, reference): flip_many(tmp_path, reference, 1000)
 
 
 def test_a_flipped_bit_in_a_partial_file_costs_that_sample_only(tmp_path):
