@@ -47,10 +47,11 @@ import numpy as np
 import psutil
 
 from benchmarks._harness import ROOT, Row, Times, in_turns, machine, processor_seconds, save, say, show
-from datatools.vst.chunks import CAUSES, COMPRESSIONS, PartialChunk
-from datatools.vst.config import GenerateConfig
+from datatools.jobs import Task, run_tasks
+from datatools.vst.chunks import COMPRESSIONS, PartialChunk
+from datatools.vst.config import GenerateConfig, chunk_sizes
 from datatools.vst.features import MelSpectrogram, integrated_loudness
-from datatools.vst.generate import Draw, chunk_layout, chunk_path, describe, draw, judge, partial_path, plan, render_block
+from datatools.vst.generate import BLOCK, Draw, chunk_layout, chunk_path, describe, draw, judge, partial_path, plan, render_block
 from datatools.vst.host import load_instrument, midi_messages, parameter_facts
 from datatools.vst.isolation import ForkIsolation, NoIsolation
 from datatools.vst.params import draft_spec
@@ -300,9 +301,9 @@ def parameters(plugins, place, quick):
         say(f'parameters: {name}')
         with Apart() as process: times, loading, count = process(set_800, path, 2 if quick else 9)[0]
         measure = f'parameters, {name} ({count:,} in all): setting 800'
-        ours = float(np.median(times['datatools'].wall))
+        ours = float(np.median(times['datatools'].processor))
         rows.append(Row(measure, 'datatools, PluginHost.set_raw_values', times['datatools'], 'ms', target='≤ 1 ms', met=ours <= 1))
-        for who in list(times)[1:]: rows.append(Row(measure, who, times[who], 'ms', times=float(np.median(times[who].wall)) / ours, note='20 set, times 40'))
+        for who in list(times)[1:]: rows.append(Row(measure, who, times[who], 'ms', times=float(np.median(times[who].processor)) / ours, note='20 set, times 40'))
         rows += [Row(f'loading, {name}', who, Times([1000 * wall], [1000 * processor]), 'ms') for who, (wall, processor) in loading.items()]
     return rows
 
@@ -310,10 +311,11 @@ def parameters(plugins, place, quick):
 def set_800(path, rounds):
     "In a process of its own: times of setting, and of loading"
     import pedalboard
-    host, *ours = timed(load_instrument, path)
+    host, *ours = timed(load_instrument, path)  # pedalboard was imported before, for both
     plugin, *theirs = timed(lambda: pedalboard.VST3Plugin(path, initialization_timeout=0))
     values = dict(zip(host.names[:800], np.random.default_rng(0).random(800).tolist()))
-    few = [name for name in host.names if name in plugin.parameters][:20]
+    known = {*plugin.parameters}
+    few = [name for name in host.names if name in known][:20]
     now = {name: getattr(plugin, name) for name in few}
 
     def loop():
@@ -326,8 +328,11 @@ def set_800(path, rounds):
     if len(values) != 800 or len(few) != 20: raise SystemExit(f'parameters: {len(values)} and {len(few)} parameters in place of 800 and 20')
     got = host.raw_values
     if sum(abs(got[name] - value) < 1e-3 for name, value in values.items()) < 600: raise SystemExit('parameters: they have not been set')  # choices snap
-    times = in_turns({'datatools': lambda: host.set_raw_values(values), 'plugin.parameters[name].raw_value = value': loop, 'setattr(plugin, name, value)': attributes}, rounds)
-    scaled = {who: milliseconds(each, 1 if who == 'datatools' else 1 / 40) for who, each in times.items()}
+    def ours_20_times():
+        for _ in range(20): host.set_raw_values(values)
+
+    times = in_turns({'datatools': ours_20_times, 'plugin.parameters[name].raw_value = value': loop, 'setattr(plugin, name, value)': attributes}, rounds)
+    scaled = {who: milliseconds(each, 20 if who == 'datatools' else 1 / 40) for who, each in times.items()}
     return scaled, {'datatools': ours, 'pedalboard.VST3Plugin': theirs}, len(host.names)
 
 
@@ -375,8 +380,13 @@ def processing(plugins, place, quick):
     def finish():
         keep['part'].finish(path, lambda vector, row: describe(job, vector))
 
-    contestants = {'datatools: loudness': lambda: [integrated_loudness(audio, RATE) for audio in sounds], 'pyloudnorm: loudness': lambda: [meter.integrated_loudness(audio.T) for audio in sounds],
-        'datatools: mel': lambda: [measured(audio) for audio in sounds], 'librosa: mel': lambda: [their_mel(audio) for audio in sounds],
+    def all_of(function):
+        def run():
+            for audio in sounds: function(audio)
+        return run
+
+    contestants = {'datatools: loudness': all_of(lambda audio: integrated_loudness(audio, RATE)), 'pyloudnorm: loudness': all_of(lambda audio: meter.integrated_loudness(audio.T)),
+        'datatools: mel': all_of(measured), 'librosa: mel': all_of(their_mel),
         'datatools: write': write, 'h5py: write': their_write, 'datatools: finish': finish}
     for name in list(contestants)[:-1]: contestants[name]()
     times = {name: Times([], []) for name in contestants}
@@ -398,28 +408,42 @@ def processing(plugins, place, quick):
 
 # ---------------------------------------------------------------- scaling
 
+def block_costs(config):
+    "Milliseconds of processor time that each sample takes, block by block in the order in which they end, without the first two of each worker; samples/s"
+    job, _ = plan(config)
+    os.mkdir(config.output_dir)
+    blocks = [Task(f'{chunk}:{start}', (job, chunk, start, start + BLOCK)) for chunk, size in enumerate(chunk_sizes(config)) for start in range(0, size, BLOCK)]
+    found, begun = [], None
+    for number, result in enumerate(run_tasks(render_block, blocks, workers=config.num_workers)):
+        if result.error: raise result.error
+        if number == 2 * config.num_workers - 1: begun = time.perf_counter()
+        elif number >= 2 * config.num_workers: found.append(1000 * result.value['cpu_seconds'] / BLOCK)
+    return found, len(found) * BLOCK / (time.perf_counter() - begun)
+
+
 def scaling(plugins, place, quick):
-    rows, (samples, rounds) = [], (64, 1) if quick else (256, 3)
+    rows, (samples, rounds) = [], (12, 2) if quick else (32, 5)
     for name, path in {'built-in synth': 'builtin', 'JUCE synth': plugins.juce}.items():
         if not path: continue
         say(f'scaling: {name}')
         if path == 'builtin': param_set = 'builtin'
         else:
-            with Apart() as here: here(write_set, path, 162, param_set := Path(place) / 'scaling.yaml')
-        runs = {workers: [] for workers in (1, 2, 4)}
+            with Apart() as here: here(write_set, path, 162, param_set := Path(place) / 'set.yaml')
+        costs, speeds = {workers: [] for workers in (1, 2, 4)}, {workers: [] for workers in (1, 2, 4)}
         for turn in range(rounds):
-            for workers in runs:
-                out = Path(place) / 'scaling'
-                runs[workers].append(generate(config_of(out, path, param_set, samples, 64, num_workers=workers))[0])
-                shutil.rmtree(out)
-        measure = f'scaling, {name}, {samples} samples on {os.cpu_count()} cores'
-        cost = {workers: [1000 * run['cpu_seconds_per_sample'] for run in done] for workers, done in runs.items()}
-        one = float(np.median(cost[1]))
-        for workers, values in cost.items():
-            change, speed = float(np.median(values)) / one, np.median([run['samples_per_second'] for run in runs[workers]])
-            rows.append(Row(measure, f'{workers} worker{"s" * (workers > 1)}: processor time of a sample', values, 'ms',
-                **(dict(target='within 10 %', met=abs(change - 1) <= .1) if workers > 1 else {}),
-                note=f'{change - 1:+.1%}; ' * (workers > 1) + f'{speed:.1f} samples/s, start included'))
+            for workers in costs:
+                config = config_of(Path(place) / 'scaling', path, param_set, BLOCK * (2 * workers + samples), BLOCK * 8, num_workers=workers)
+                found, speed = block_costs(config)
+                costs[workers].append(sum(found) / len(found))
+                speeds[workers].append(speed)
+                shutil.rmtree(config.output_dir)
+        measure = f'scaling, {name}, {BLOCK * samples} samples on {os.cpu_count()} cores, workers at full speed'
+        one, pace = float(np.median(costs[1])), float(np.median(speeds[1]))
+        for workers, values in costs.items():
+            change, speed = float(np.median(values)) / one - 1, float(np.median(speeds[workers]))
+            target = dict(target='within 10 %', met=abs(change) <= .1) if workers > 1 else {}
+            rows.append(Row(measure, f'{workers} worker{"s" * (workers > 1)}: processor time of a sample', values, 'ms', **target,
+                note=(f'{change:+.1%}; ' if workers > 1 else '') + f'{speed:.1f} samples/s' + (f', {speed / pace:.2f}x of one worker' if workers > 1 else '')))
     return rows
 
 
@@ -444,12 +468,12 @@ def started(config):
 
 
 def kill(plugins, place, quick):
-    chance, rows, times = random.Random(1), [], 4 if quick else 30
+    chance, rows, times = random.Random(1), [], 3 if quick else 15
     path = plugins.small or 'builtin'
     param_set = 'builtin'
     if path != 'builtin':
-        with Apart() as here: here(write_set, path, 44, param_set := Path(place) / 'kill.yaml')
-    settings = dict(plugin_path=path, param_set=param_set, samples=120, each=24, duration_seconds=1., num_workers=2)
+        with Apart() as here: here(write_set, path, 44, param_set := Path(place) / 'set.yaml')
+    settings = dict(plugin_path=path, param_set=param_set, samples=96, each=24, duration_seconds=.5, num_workers=2)
     whole = config_of(Path(place) / 'whole', **settings)
     _, seconds, _ = generate(whole)
     same = digest(whole.output_dir)
@@ -474,7 +498,7 @@ def kill(plugins, place, quick):
             again = max(again, done['rendered_now'] - (settings['samples'] - before))
             equal += digest(config.output_dir) == same
             shutil.rmtree(config.output_dir)
-        measure = f'SIGKILL of {victim} at random moments, then --resume; {"test synth" if path != "builtin" else "built-in synth"}, 120 samples, 2 workers, {seconds:.1f} s a run'
+        measure = f'SIGKILL of {victim} at random moments, then --resume; {"test synth" if path != "builtin" else "built-in synth"}, 96 samples, 2 workers, {seconds:.1f} s a run'
         rows += [Row(measure, 'same sha256 of all files as the uninterrupted run', [equal], f'of {times}', target=f'{times}', met=equal == times, note=f'{killed} kills'),
             Row(measure, 'finished samples that were rendered again', [again], '', target='0', met=again == 0, note='lost is what each worker was at: one sample at most')]
     return rows
@@ -524,6 +548,9 @@ def reader(plugins, place, quick):
     indices = np.random.default_rng(0).integers(0, samples, reads).tolist()
     ours, rows = ChunkedDatasetReader(out), []
 
+    def with_ours(fields):
+        for index in indices: ours.get_sample(index, fields)
+
     def with_h5py(*names):
         for index in indices:
             chunk, row = raw[index // each], index % each
@@ -534,7 +561,7 @@ def reader(plugins, place, quick):
             with h5py.File(out / f'dataset_{index // each:04d}.h5') as file: file['audio'][index % each], file['param_array'][index % each]
 
     for fields, names, name in ((None, FIELDS, 'all fields'), (('audio',), ('audio',), 'audio alone'), (('audio', 'param_array'), ('audio', 'param_array'), 'audio and parameters')):
-        contestants = {'datatools, get_sample': lambda: [ours.get_sample(index, fields) for index in indices], 'h5py, files and datasets open': lambda: with_h5py(*names)}
+        contestants = {'datatools, get_sample': lambda: with_ours(fields), 'h5py, files and datasets open': lambda: with_h5py(*names)}
         if name == 'audio and parameters': contestants['h5py, file opened for each sample'] = reopened
         for run in contestants.values(): run()
         times = {who: milliseconds(times, 50 if run is reopened else reads) for (who, times), run in zip(in_turns(contestants, rounds).items(), contestants.values())}
