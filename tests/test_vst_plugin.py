@@ -139,7 +139,7 @@ def test_variants(plugin_variant, zam_plugin):
     two = str(plugin_variant('TWO_PLUGINS'))
     with pytest.raises(ValueError, match='contains 2 plugins'): pedalboard.VST3Plugin(two)
     assert pedalboard.VST3Plugin(two, plugin_name=pedalboard.VST3Plugin.get_plugin_names_for_file(two)[1], initialization_timeout=0).is_instrument
-    assert not pedalboard.VST3Plugin(str(zam_plugin)).is_instrument
+    assert forked(lambda: pedalboard.VST3Plugin(str(zam_plugin)).is_instrument)[0] is False  # in a fork: built with -ffast-math, it changes the arithmetic of its process
 
 
 def test_a_variant_crashes_while_it_loads(plugin_variant):

@@ -22,11 +22,11 @@ from .isolation import advise_isolation, in_process, probe_instrument, try_isola
 from .params import draft_spec
 from .reader import ChunkedDatasetReader
 
-# %% ../../nbs/vst/50_main.ipynb #3a5c10dc
+# %% ../../nbs/vst/50_main.ipynb #4ea6642b
 app = typer.Typer(name='vst', help='Render random settings of a synth plugin to chunked HDF5, in parallel and resumable, and look at the result.',
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 clear_errors = partial(console.clear_errors, memory='Use fewer workers, or shorter samples.',
-    options=dict(config='--config', plugin_path='plugin_path', plugin_name='--plugin-name', output_dir='output_dir', path='DIR'))
+    options=dict(config='--config', plugin_path='plugin_path', plugin_name='--plugin-name', output_dir='output_dir', path='DIR', duration_seconds='--seconds'))
 
 
 @app.callback()
@@ -99,7 +99,7 @@ def inspect_command(
             choices = ', '.join(map(str, entry.get('values', ())))
             typer.echo(f'  {entry["name"]:36} {choices[:80] or (str(entry["steps"]) + " steps" if entry.get("steps") else "continuous")}')
 
-# %% ../../nbs/vst/50_main.ipynb #bec8850e
+# %% ../../nbs/vst/50_main.ipynb #7aad8449
 @app.command('isolation-check')
 def isolation_command(
     path:PluginPath,
@@ -115,10 +115,11 @@ def isolation_command(
     with clear_errors():
         first, second = [in_process(try_isolation, path, plugin_name, param_set, pairs, seconds, sample_rate, channels, named=path) for _ in range(2)]
         advice = advise_isolation(first['isolations']) if first['sounds'] == second['sounds'] else ''
-        if as_json: return show(dict(isolations=first['isolations'], same_in_two_processes=first['sounds'] == second['sounds'], advice=advice), True)
+        if as_json: return show(dict(isolations=first['isolations'], same_in_two_processes=first['sounds'] == second['sounds'], failed=first['failed'], advice=advice), True)
         for name, row in first['isolations'].items():
             fault = f'  failed: {row["faults"][0]}' if row['faults'] else ''
             typer.echo(f'{name:6} {row["different"]} of {pairs} samples depend on the one before; {row["seconds"] * 1000:.0f} ms a rendering{fault}')
+        if failed := first['failed']: typer.echo(f'{len(failed)} other patches failed: {failed[0]}; only fork contains that')
         typer.echo(f'two processes: {"the same sound" if first["sounds"] == second["sounds"] else "different sounds"}')
         typer.echo(f'advice: isolation: {advice}' if advice else 'advice: this plugin gives the same patch different sounds; its data sets cannot be reproduced to the byte. '
                    'Look for parameters that randomise (noise, drift, random phase), and leave them constant.')

@@ -194,7 +194,7 @@ class StateIsolation(NoIsolation):
 
 ISOLATIONS = dict(fork=ForkIsolation, state=StateIsolation, none=NoIsolation)
 
-# %% ../../nbs/vst/43_isolation.ipynb #44397ae5
+# %% ../../nbs/vst/43_isolation.ipynb #ea1bbf50
 def _difference(one: Rendering, other: Rendering) -> float:
     "Largest difference of two renderings; infinite if one of them failed."
     if one.audio is None or other.audio is None: return float('inf')
@@ -214,6 +214,16 @@ def _forked(fork: Fork, instrument, shape: tuple, patches: list) -> Rendering:
         return audio
     return _kept(fork.call(play))
 
+def _sound_patch(fork: Fork, instrument, shape: tuple, spec, path: tuple, failed: list) -> tuple:
+    "A patch that renders alone, and its rendering; what others fail with is noted."
+    for attempt in range(20):
+        patch = spec.sample(rng_for(*path, attempt))
+        drawn = patch.parameters, [patch.note._replace(start=0., end=shape[0] * .75)]
+        rendering = _forked(fork, instrument, shape, [drawn])
+        if rendering.audio is not None: return drawn, rendering
+        failed.append(rendering.message)
+    raise DatatoolsError(f'20 patches in a row could not be rendered: {rendering.message}')
+
 def _compare(pairs, alone, after) -> dict:
     "How renderings of A alone and after B differ."
     row = dict(different=0, largest_difference=0., faults=[], seconds=0.)
@@ -226,7 +236,7 @@ def _compare(pairs, alone, after) -> dict:
         row['faults'] += [rendering.message for rendering in (reference, repeated) if rendering.fault]
     return row
 
-# %% ../../nbs/vst/43_isolation.ipynb #c3878b49
+# %% ../../nbs/vst/43_isolation.ipynb #b18a7cc0
 def check_isolation(
     instrument,                 # `PluginHost` or `BuiltinHost`, just loaded; not to be used afterwards
     spec,                       # `ParamSpec` to draw patches from
@@ -235,26 +245,27 @@ def check_isolation(
     sample_rate: int = 44_100,  # Hz
     channels: int = 2,          # 1 or 2
     seed: int = 0,              # decides the patches
-    timeout: float = 60.,       # seconds for an experiment in a fork
-) -> dict:                      # isolations: per name different, largest_difference, faults, seconds of a rendering; sounds: hashes of A alone
+    timeout: float = 20.,       # seconds for an experiment
+) -> dict:                      # isolations: per name different, largest_difference, faults, seconds of a rendering; sounds: hashes of A alone; failed: messages of patches that were drawn again
     "Does a sample depend on the one before it? Tried for each isolation."
-    shape, drawn = (seconds, sample_rate, channels), []
-    for pair in range(pairs):
-        two = [spec.sample(rng_for(seed, 'isolation check', pair, which)) for which in 'AB']
-        drawn.append([(patch.parameters, [patch.note._replace(start=0., end=seconds * .75)]) for patch in two])
+    if isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < 1: raise bad_value('pairs', pairs, 'an integer, 1 or more')
+    shape, drawn, alone, failed = (seconds, sample_rate, channels), [], [], []
     instrument.prepare(sample_rate, channels)
     fork = Fork(channels, check_rendering(*shape), timeout)
-    alone = [_forked(fork, instrument, shape, [first]) for first, _ in drawn]
-    sounds = [rendering.message if rendering.audio is None else hashlib.sha256(rendering.audio).hexdigest() for rendering in alone]
+    for pair in range(pairs):
+        (first, sound), (second, _) = [_sound_patch(fork, instrument, shape, spec, (seed, 'isolation check', pair, which), failed) for which in 'AB']
+        drawn.append((first, second))
+        alone.append(sound)
+    sounds = [hashlib.sha256(rendering.audio).hexdigest() for rendering in alone]
     report = dict(fork=_compare(drawn, lambda first, kept=iter(alone): next(kept), lambda first, second: _forked(fork, instrument, shape, [first])))
     report['none'] = _compare(drawn, lambda first, kept=iter(alone): next(kept), lambda first, second: _forked(fork, instrument, shape, [second, first]))
-    state = StateIsolation(instrument, *shape)
+    state = StateIsolation(instrument, *shape, timeout)
     def after(first, second):
         state.render(*second)
         return state.render(*first)
     report['state'] = _compare(drawn, lambda first: _kept(state.render(*first)), after)
     for name in ('none', 'state'): report[name]['seconds'] /= 2  # two renderings each
-    return dict(isolations=report, sounds=sounds)
+    return dict(isolations=report, sounds=sounds, failed=failed)
 
 # %% ../../nbs/vst/43_isolation.ipynb #4266eae1
 def advise_isolation(
