@@ -37,7 +37,7 @@ class AudioFacts:
         "Duration"
         return None if self.frames is None else self.frames / self.sample_rate
 
-# %% ../../nbs/stft/19_audio.ipynb #0b87fa03
+# %% ../../nbs/stft/19_audio.ipynb #8f7a2b23
 _STATED = re.compile(r'^ *(data|SSND|Data Size|riff) *: (\d+) \(should be (\d+)\)', re.MULTILINE)
 _STATED_RF64 = re.compile(r"frame count (\d+) does not match value from 'ds64' chunk of (\d+)")
 
@@ -46,9 +46,9 @@ def _missing_by_log(
     log: str,  # libsndfile's remarks on a file
 ) -> str:      # what is missing, '' where nothing is
     "Whether a file states more audio than it holds"
-    for name, stated, actual in _STATED.findall(log):
-        if int(actual) < int(stated) < 2**31 - 256 or int(stated) > 2**32 and int(actual) < int(stated):
-            return f'states {stated} bytes of audio and holds {actual}'
+    for _, stated, actual in _STATED.findall(log):
+        unknown = 2**31 - 256 <= int(stated) <= 2**32  # what programs write that cannot know
+        if int(actual) < int(stated) and not unknown: return f'states {stated} bytes of audio and holds {actual}'
     if found := _STATED_RF64.search(log): return f'states {found[2]} frames and holds {found[1]}'
     return ''
 
@@ -63,14 +63,15 @@ def _missing_ogg_end(
         tail = file.read()
     page = tail[max(0, tail.rfind(b'OggS')):]
     lengths = page[27:27 + page[26]] if len(page) > 27 else b''
-    whole = len(lengths) == page[26] and len(page) >= 27 + len(lengths) + sum(lengths) if len(page) > 27 else False
+    whole = bool(lengths) and len(lengths) == page[26] and len(page) >= 27 + len(lengths) + sum(lengths)
     return '' if whole and page[5] & 4 else 'has no last Ogg page'
 
-# %% ../../nbs/stft/19_audio.ipynb #a77f92d3
+# %% ../../nbs/stft/19_audio.ipynb #eab78d58
 class _SoundFile:
     "A file opened with libsndfile"
     def __init__(self, path):
         self.file = soundfile.SoundFile(path)
+        if self.file.format == 'RAW': raise ValueError('nothing but its name says that it is audio')
         missing = _missing_by_log(self.file.extra_info) or (_missing_ogg_end(path) if self.file.format == 'OGG' else '')
         if missing: raise FormatError(f'{path}: is cut off: it {missing}')
         known = self.file.frames < 2**62
@@ -104,7 +105,7 @@ class _Pedalboard:
     def rewind(self): self.file.seek(0)
     def close(self): self.file.close()
 
-# %% ../../nbs/stft/19_audio.ipynb #d8947d60
+# %% ../../nbs/stft/19_audio.ipynb #797809eb
 def _reason(error):
     "An exception in words, without the path"
     if getattr(error, 'code', 0) == 7: return 'Format not recognised'  # libsndfile calls it a file that does not exist
@@ -122,7 +123,8 @@ def _open(
     with open(path, 'rb') as file: empty = not file.read(1)  # an OSError for what is missing, forbidden or a directory
     if empty: raise FormatError(f'{path}: is empty')
     try: return _SoundFile(path)
-    except (soundfile.LibsndfileError, TypeError) as error: refused = _reason(error)  # TypeError: a file named *.raw
+    except FormatError: raise
+    except (soundfile.LibsndfileError, ValueError, TypeError) as error: refused = _reason(error)  # TypeError: a file named *.raw
     try: return _Pedalboard(path, refused)
     except FormatError: raise
     except (ValueError, RuntimeError, OSError) as error:
@@ -229,7 +231,7 @@ def read_audio(
     "All of a file's audio"
     with AudioReader(path, sample_rate, channels) as reader: return reader.read(), reader.sample_rate
 
-# %% ../../nbs/stft/19_audio.ipynb #23db6471
+# %% ../../nbs/stft/19_audio.ipynb #b8c83828
 @patch
 def segments(self: AudioReader,
     frames: int = None, # of each segment, at `sample_rate`; None for one segment with all of the audio
@@ -238,12 +240,11 @@ def segments(self: AudioReader,
     "The audio in segments of one length, decoded as they are asked for"
     for name, value in (('frames', 1 if frames is None else frames), ('least', least)):
         if value < 1: raise bad_value(name, value, 'at least 1')
-    starts, total = 0, 0
-    for segment, filled in [(self.read(), None)] if frames is None else self._filled(frames):
-        filled = segment.shape[1] if filled is None else filled
+    start = total = 0
+    for segment, filled in self._filled(frames):
         total += filled
-        if filled >= least: yield starts / self.sample_rate, segment
-        starts += segment.shape[1]
+        if filled >= least: yield start / self.sample_rate, segment
+        start += segment.shape[1]
     if total < least:
         raise FormatError(f'{self.facts.path}: is too short: {total} frames at {self.sample_rate} Hz, at least {least} are needed')
 
@@ -251,6 +252,10 @@ def segments(self: AudioReader,
 @patch
 def _filled(self: AudioReader, frames):
     "New segments and how many of their frames come from the file"
+    if frames is None:
+        whole = self.read()
+        yield whole, whole.shape[1]
+        return
     segment, filled = np.zeros((self.channels, frames), np.float32), 0
     for block in self.blocks():
         while block.shape[1]:

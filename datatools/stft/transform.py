@@ -194,12 +194,14 @@ def istft(
     hann = torch.hann_window(window, device=spectrum.device)
     return torch.istft(spectrum, window, hop_length, window=hann, center=True, length=samples)
 
-# %% ../../nbs/stft/20_transform.ipynb #27d3be9d
+# %% ../../nbs/stft/20_transform.ipynb #8ce005af
 def half_scale(
     bound: float,  # no real or imaginary part is larger than this
 ) -> float:        # a power of two, a normal float32
-    "What float16 values are multiplied with: the bound divided by it lies from 16384 to 32768"
-    return 1.0 if bound == 0 else math.ldexp(1.0, max(-126, math.frexp(bound)[1] - 15))
+    "What float16 values are multiplied with: the bound divided by it lies above 16384, up to 32768"
+    if bound == 0: return 1.0
+    mantissa, exponent = math.frexp(bound)
+    return math.ldexp(1.0, max(-126, exponent - 15 - (mantissa == 0.5)))
 
 
 def _finite_bound(name, value):
@@ -208,7 +210,7 @@ def _finite_bound(name, value):
     raise bad_value(name, 'an array with NaN, infinite or far too large values', 'finite',
                     'Leave it out: numpy.isfinite(array).all() tells.')
 
-# %% ../../nbs/stft/20_transform.ipynb #ed0db8f2
+# %% ../../nbs/stft/20_transform.ipynb #f63e9323
 def pack(
     spectrum,               # complex64 tensor or array (channels, bins, frames)
     dtype: str = 'float16', # 'float16', 'float32' or 'complex64'
@@ -235,7 +237,7 @@ def unpack(
     tensor = as_tensor(array)
     if tensor.is_complex(): return tensor
     if tensor.shape[-1] != 2: raise bad_value('array.shape', tuple(tensor.shape), '(…, bins, frames, 2)')
-    scale = torch.as_tensor(np.asarray(scale) if not isinstance(scale, torch.Tensor) else scale, dtype=torch.float32, device=tensor.device)
+    scale = as_tensor(scale if isinstance(scale, torch.Tensor) else np.asarray(scale, np.float32)).to(tensor.device, torch.float32)
     parts = tensor.float() if tensor.dtype != torch.float32 else tensor
     if scale.numel() != 1: parts = parts * scale.reshape(scale.shape + (1,) * (parts.ndim - scale.ndim))
     elif scale.item() != 1: parts = parts * scale.reshape(())
