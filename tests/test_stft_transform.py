@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from datatools.core import FormatError, UsageError
 from datatools.stft.audio import BLOCK_FRAMES, AudioReader, read_audio
 from datatools.stft.transform import (
-    DTYPES, STFTConfig, audio_segments, checked_device, from_magnitude_phase, istft, pack, packed_shape, packed_stft, snr_decibels,
-    spectrum_view, stft, stft_fields, unpack)
+    DTYPES, STFTConfig, _transform_on_device, audio_segments, checked_device, from_magnitude_phase, istft, pack, packed_shape, packed_stft,
+    snr_decibels, spectrum_view, stft, stft_fields, unpack)
 
 RATE = 44100
 
@@ -196,6 +196,24 @@ def test_a_device_that_is_not_there_is_refused():
     assert checked_device('cpu').type == 'cpu'
     for wrong in ('tape', 'meta', f'cuda:{torch.cuda.device_count() if torch.cuda.is_available() else 0}'):
         with pytest.raises(UsageError, match='device'): packed_stft(sound(5000), 2048, 512, device=wrong)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_the_way_of_a_device_gives_the_same(dtype):
+    audio = sound(60_000, channels=2)
+    expected, scale = packed_stft(audio, 2048, 512, dtype)
+    out = np.zeros_like(expected)
+    _transform_on_device(torch.from_numpy(audio), torch.hann_window(2048) / float(scale), 512, torch.device('cpu'), out)
+    assert snr_decibels(unpack(expected, scale), unpack(out, scale)) > (70 if dtype == 'float16' else 110)
+
+
+def test_damage_comes_after_the_segments_before_it(tmp_path):
+    whole = write(tmp_path/'a.flac', sound(10 * RATE)).read_bytes()
+    (tmp_path/'b.flac').write_bytes(whole[:len(whole) * 3 // 4])
+    found = []
+    with pytest.raises(FormatError, match='is damaged|is cut off'):
+        for start, _ in audio_segments(tmp_path/'b.flac', STFTConfig(segment_seconds=1)): found.append(start)
+    assert found == [float(k) for k in range(len(found))] and 3 <= len(found) < 9
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')

@@ -243,8 +243,8 @@ def unpack(
     elif scale.item() != 1: parts = parts * scale.reshape(())
     return torch.view_as_complex(parts)
 
-# %% ../../nbs/stft/20_transform.ipynb #829fd565
-BLOCK_SAMPLES = 1 << 17  # windowed samples that are transformed at a time
+# %% ../../nbs/stft/20_transform.ipynb #87692180
+BLOCK_SAMPLES = 1 << 18  # windowed samples that are transformed at a time
 
 
 def _transform_blocks(padded, window, hann, hop_length, cells):
@@ -253,12 +253,14 @@ def _transform_blocks(padded, window, hann, hop_length, cells):
     count = max(16, BLOCK_SAMPLES // window)
     windowed = torch.empty(count, window)
     halves = torch.empty(count, window // 2 + 1, 2, dtype=torch.float16) if cells.dtype == torch.int32 else None
+    turned = torch.empty(len(cells), min(count, cells.shape[1]), dtype=cells.dtype)  # torch is quick to transpose into an array of its own
     for first in range(0, cells.shape[1], count):
         some = every[first:first + count]
         spectrum = torch.fft.rfft(torch.mul(some, hann, out=windowed[:len(some)]))
         if halves is not None:
             spectrum = halves[:len(some)].copy_(torch.view_as_real(spectrum)).view(torch.int32)[..., 0]
-        cells[:, first:first + count].copy_(spectrum.T)
+        if len(some) < turned.shape[1]: turned = torch.empty(len(cells), len(some), dtype=cells.dtype)
+        cells[:, first:first + count].copy_(turned.copy_(spectrum.T))
 
 
 def _cells(array):
