@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['epoch_order', 'Ring', 'Loader', 'make_loader']
 
-# %% ../../nbs/stft/25_loader.ipynb #d438ad69
+# %% ../../nbs/stft/25_loader.ipynb #1dc03bb6
 import mmap, multiprocessing, numbers, os, signal, tempfile, warnings, weakref
 from multiprocessing import reduction
 
 import numpy as np
+import psutil
 import torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, get_worker_info
@@ -31,20 +32,24 @@ def epoch_order(
     share = count // world_size if drop_last else -(-count // world_size)
     return np.resize(order, share * world_size)[rank::world_size] if count else order
 
-# %% ../../nbs/stft/25_loader.ipynb #ac161bbb
+# %% ../../nbs/stft/25_loader.ipynb #07e0bc0b
 def _shared_file(
     size: int,  # bytes
 ) -> int:       # file descriptor; the file has no name, so nothing is left behind however the process ends
     "Anonymous memory that other processes can map, allocated now: a lack of memory is an error here and not a crash later"
-    descriptor = os.memfd_create('datatools-ring') if hasattr(os, 'memfd_create') else os.dup(tempfile.TemporaryFile().fileno())
-    try:
-        if hasattr(os, 'posix_fallocate'): os.posix_fallocate(descriptor, 0, size)
-        else: os.truncate(descriptor, size)
-    except OSError as error:
-        os.close(descriptor)
-        raise DatatoolsError(f'The ring of batch buffers needs {human_bytes(size)} of shared memory: {error.strerror}. '
-                             'Choose a smaller batch_size, fewer workers or a smaller prefetch.') from error
-    return descriptor
+    reason, available = '', psutil.virtual_memory().available
+    if size > available: reason = f'only {human_bytes(available)} are free'  # asking for them all the same would end other processes
+    else:
+        descriptor = os.memfd_create('datatools-ring') if hasattr(os, 'memfd_create') else os.dup(tempfile.TemporaryFile().fileno())
+        try:
+            if hasattr(os, 'posix_fallocate'): os.posix_fallocate(descriptor, 0, size)
+            else: os.truncate(descriptor, size)
+            return descriptor
+        except OSError as error:
+            os.close(descriptor)
+            reason = error.strerror
+    raise DatatoolsError(f'The ring of batch buffers needs {human_bytes(size)} of shared memory: {reason}. '
+                         'Choose a smaller batch_size, fewer workers or a smaller prefetch.')
 
 
 class Ring:
