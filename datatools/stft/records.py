@@ -106,7 +106,7 @@ def of(cls: Schema,
     arrays = {name: _checked_field(name, value) for name, value in fields.items()}
     return _schema_of(tuple([(name, DTYPES[array.dtype], array.shape) for name, array in arrays.items()]))
 
-# %% ../../nbs/stft/21_records.ipynb #52bed23f
+# %% ../../nbs/stft/21_records.ipynb #c81ad1e1
 def _refuse_constant(name): raise ValueError(f'{name} is not JSON')
 
 
@@ -124,6 +124,7 @@ def _check_entry(entry):
     if not (isinstance(dtype, str) and dtype in DTYPES.values()): raise FormatError(f'damaged record: dtype {str(dtype)[:40]!r} is not allowed')
     if not (isinstance(shape, list) and len(shape) <= MOST_DIMENSIONS and all(type(size) is int and 0 <= size <= MOST_BYTES for size in shape)):
         raise FormatError(f'damaged record: {str(shape)[:80]!r} is not a shape')
+    if math.prod(size for size in shape if size) > MOST_BYTES: raise FormatError(f'damaged record: nothing has the shape {str(shape)[:80]}')
 
 
 @lru_cache(maxsize=1024)

@@ -8,7 +8,7 @@ __all__ = ['FORMAT', 'VERSION', 'MOST_KEY_BYTES', 'ITEM_KEY', 'NAMES', 'META', '
            'BIG_DATA', 'SUB_DATABASE', 'NODE_BYTES', 'item_key', 'FileFacts', 'check_file', 'network_filesystem',
            'Environment', 'environment', 'StoreInfo', 'open_store', 'StoreWriter', 'item_offsets']
 
-# %% ../../nbs/stft/22_store.ipynb #71818bba
+# %% ../../nbs/stft/22_store.ipynb #8f558034
 import ctypes
 import errno
 import json
@@ -29,7 +29,7 @@ from fastcore.basics import patch
 
 from .. import __version__
 from ..core import DatatoolsError, FormatError, bad_value, canonical_json, check_same_config, file_lock, fsync_directory
-from .records import Record, Schema, decode_record, record_head
+from .records import Record, Schema, _schema_in, decode_record, record_head
 
 # %% ../../nbs/stft/22_store.ipynb #a4003f02
 FORMAT, VERSION = 'datatools.stft', 1
@@ -51,7 +51,7 @@ def _source_key(key):
     raw = key.encode('utf-8', 'surrogateescape')
     return raw if len(raw) <= MOST_KEY_BYTES else raw[:400] + b'#' + blake2b(raw, digest_size=32).hexdigest().encode()
 
-# %% ../../nbs/stft/22_store.ipynb #41f0ef4f
+# %% ../../nbs/stft/22_store.ipynb #34d20de4
 META = struct.Struct('<IIQQ48s48sQQ')    # magic, version, address, map size, free pages, main database, last page, transaction
 DATABASE = struct.Struct('<IHHQQQQQ')    # page size or pad, flags, depth, branch pages, leaf pages, overflow pages, entries, root
 PAGE_HEAD = struct.Struct('<QHHHH')      # number, pad, flags, lower, upper
@@ -75,6 +75,8 @@ def _meta_page(content, path):
     if len(content) < PAGE_HEAD.size + META.size: raise FormatError(f'{path}: {len(content)} bytes are too few for an LMDB file')
     magic, version, _, map_size, free, main, last_page, transaction = META.unpack_from(content, PAGE_HEAD.size)
     if magic == int.from_bytes(LMDB_MAGIC.to_bytes(4, 'little'), 'big'): raise FormatError(f'{path}: an LMDB file of the other byte order')
+    if LMDB_MAGIC in struct.unpack_from('<2I', content, PAGE_HEAD.size + 4):  # LMDB 1.0 has a longer page head
+        raise FormatError(f'{path}: an LMDB file of a newer data version; stores have version {LMDB_VERSION} (LMDB 0.9)')
     if magic != LMDB_MAGIC or not PAGE_HEAD.unpack_from(content)[2] & META_PAGE: raise FormatError(f'{path}: not an LMDB file')
     if version != LMDB_VERSION:
         raise FormatError(f'{path}: an LMDB file of data version {version}; stores have version {LMDB_VERSION} (LMDB 0.9)')
@@ -137,7 +139,7 @@ def _warn_of_network(device, path):
     if kind := network_filesystem(path):
         warnings.warn(f'{path} is on a network filesystem ({kind}): copy the store to a local disk for speed, and never write to it from two machines.')
 
-# %% ../../nbs/stft/22_store.ipynb #77403092
+# %% ../../nbs/stft/22_store.ipynb #760c2e66
 class _Shared:
     "An open environment and its users in this process"
     def __init__(self, file, in_directory, identity):
@@ -145,7 +147,7 @@ class _Shared:
         check_file(file)
         _warn_of_network(identity[0], file.parent)
         lock = _lock_path(file, in_directory)
-        self.env = _opened(file, in_directory, readonly=True, map_size=0, lock=lock.exists() and os.access(lock, os.W_OK), max_readers=1024)
+        self.env = _opened(file, in_directory, readonly=True, map_size=0, lock=lock.exists() and os.access(lock, os.W_OK), max_spare_txns=0)
         try: self.items, self.meta, self.src = _databases(self.env, file)
         except BaseException:
             self.env.close()
@@ -154,15 +156,17 @@ class _Shared:
 
 def _opened(file, in_directory=True, **options):
     "An LMDB environment; what goes wrong is told with the name of the file"
-    try: return lmdb.open(str(file.parent if in_directory else file), subdir=in_directory, create=False, max_dbs=8, **options)
+    try: return lmdb.open(str(file.parent if in_directory else file), subdir=in_directory, create=False, max_dbs=8, max_readers=1024, **options)
     except lmdb.Error as error: raise _explained(error, file) from error
 
 
-def _explained(error, file):
+def _explained(error, file, needed=0):
     "An LMDB error as one of ours"
     if 'already open' in str(error):
         return DatatoolsError(f'{file} is open for reading in this process: close its readers, or write to it in a process of its own.')
-    if isinstance(error, lmdb.DiskError) or 'No space left' in str(error):
+    status = os.statvfs(file.parent)  # LMDB reports a write that was cut short by a full disk as an input/output error
+    full = 'Input/output error' in str(error) and status.f_bavail * status.f_frsize < needed
+    if full or isinstance(error, lmdb.DiskError) or 'No space left' in str(error):
         return OSError(errno.ENOSPC, 'No space left on device: what was committed is safe; make room, then commit again or resume', str(file))
     damaged = isinstance(error, (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.IncompatibleError))
     return FormatError(f'{file}: damaged: {error}') if damaged else OSError(errno.EIO, str(error), str(file))
@@ -267,7 +271,7 @@ def begin(self: Environment,
             shared.active -= 1
             shared.condition.notify_all()
 
-# %% ../../nbs/stft/22_store.ipynb #21e629f1
+# %% ../../nbs/stft/22_store.ipynb #e26353f9
 @dataclass(frozen=True)
 class StoreInfo:
     "What is in a store"
@@ -281,7 +285,7 @@ class StoreInfo:
     writer: dict           # versions of the programs that wrote it
     version: int           # of the format
     commit_bytes: int      # bytes of records per transaction
-    file_bytes: int        # length of the data file
+    file_bytes: int        # length of the data file, up to its last page in use
     page_size: int         # bytes
     map_size: int          # bytes
     single_file: bool      # the environment has no directory of its own
@@ -308,7 +312,7 @@ def _json(text, path):
     try: return json.loads(str(text, 'utf-8'))
     except (ValueError, RecursionError) as error: raise FormatError(f'{path}: damaged: not valid JSON: {error}'[:400]) from None
 
-# %% ../../nbs/stft/22_store.ipynb #8349ef74
+# %% ../../nbs/stft/22_store.ipynb #aa7f7c00
 def _check_items(env, txn, items, count, path):
     "The items must be numbered from 0 to count - 1 by keys of 8 bytes"
     flags, entries = items.flags(txn), txn.stat(items)['entries']
@@ -331,11 +335,11 @@ def info(self: Environment) -> StoreInfo:
             meta = _checked_meta(found, self.path)
             _check_items(self.env, txn, self.items, meta['count'], self.path)
     except lmdb.Error as error: raise _explained(error, self.path) from error
-    facts = check_file(self.path)
-    schema = None if meta['schema'] is None else Schema(meta['schema'])
+    schema = None if meta['schema'] is None else _schema_in(canonical_json(meta['schema']))
+    map, page_size = self.env.info(), self.env.stat()['psize']
     keys = 'config count complete constant_schema facts writer version commit_bytes'.split()
-    return StoreInfo(path=self.path, schema=schema, file_bytes=facts.file_bytes, page_size=facts.page_size, map_size=facts.map_size,
-                     single_file=not self._in_directory, **{key: meta[key] for key in keys})
+    return StoreInfo(path=self.path, schema=schema, file_bytes=(map['last_pgno'] + 1) * page_size, page_size=page_size,
+                     map_size=map['map_size'], single_file=not self._in_directory, **{key: meta[key] for key in keys})
 
 
 def open_store(
@@ -478,7 +482,7 @@ def _check_open(self: StoreWriter):
     if self._stack is None: raise DatatoolsError(f'The writer of {self.path} is closed: open it again with resume=True.')
     if self.is_complete: raise DatatoolsError(f'{self.path} is complete: nothing can be added.')
 
-# %% ../../nbs/stft/22_store.ipynb #6d9ce1bd
+# %% ../../nbs/stft/22_store.ipynb #ecdd4ecd
 @patch
 def commit(self: StoreWriter) -> None:
     "Write what has been collected; when this returns, the items survive the end of the process"
@@ -491,13 +495,13 @@ def _write(self: StoreWriter, **final):
     "One transaction with all that has been collected"
     facts = check_file(self.file)
     pages = sum((len(record) + 16) // facts.page_size + 1 for record in self.records)
-    needed = (facts.last_page + pages + 256) * facts.page_size + 4 * sum(map(len, self.facts.values()))
+    needed = (facts.last_page + pages + 64) * facts.page_size + 4 * sum(map(len, self.facts.values()))
     size = facts.map_size
     while size < needed: size *= 2
     while True:
         try: self._transaction(size, final)
         except lmdb.MapFullError: size *= 2
-        except lmdb.Error as error: raise _explained(error, self.file) from error
+        except lmdb.Error as error: raise _explained(error, self.file, pages * facts.page_size) from error
         else: break
     self.committed += len(self.records)
     self.records, self.facts, self.waiting_bytes = [], {}, 0
@@ -609,7 +613,7 @@ def _number(words, at, length):
     if at.max() + length > len(words): return np.array([-1])
     return sum(words[at + k].astype(np.int64) << 16 * k for k in range(length))
 
-# %% ../../nbs/stft/22_store.ipynb #be55a484
+# %% ../../nbs/stft/22_store.ipynb #126c7f1f
 def _root_of_items(pages, main_root):
     "The page at the root of the tree of items, -1 if there are none"
     if main_root == NO_PAGE: raise pages.damaged()
@@ -623,21 +627,29 @@ def _root_of_items(pages, main_root):
     raise pages.damaged()
 
 
+def _places(path, facts):
+    "Offset and length of every item in a file that does not change meanwhile"
+    pages = _Pages(path, facts.page_size, facts.last_page)
+    root = _root_of_items(pages, facts.main_root)
+    if root < 0: return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    _, words, at, numbers, places = pages.nodes(pages.leaves(root))
+    if at.max() + 8 > len(words): raise pages.damaged()
+    keys = np.stack([words[at + k] for k in range(4, 8)], -1).view('>u8')[:, 0]
+    if (words[at + 3] != ITEM_KEY.size).any() or (keys != np.arange(len(at))).any(): raise pages.damaged()
+    lengths, large = _number(words, at, 2), words[at + 2] & BIG_DATA > 0
+    offsets = numbers * facts.page_size + places + NODE_BYTES + ITEM_KEY.size
+    if large.any(): offsets[large] = _number(words, at[large] + 8, 4) * facts.page_size + PAGE_HEAD.size
+    if (offsets < 0).any() or (offsets + lengths > facts.file_bytes).any(): raise pages.damaged()
+    return offsets, lengths
+
+
 def item_offsets(
     path,  # directory, its data.mdb, or an environment that is a single file
 ):         # int64 (count,): offset of every record in the data file; int64 (count,): its length
     "Where in the file the records lie"
-    with environment(path) as store, store.begin() as txn:
-        facts = check_file(store.path)
-        if facts.transaction != txn.id(): return item_offsets(path)  # a writer has just added items
-        pages = _Pages(store.path, facts.page_size, facts.last_page)
-        root = _root_of_items(pages, facts.main_root)
-        if root < 0: return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        _, words, at, numbers, places = pages.nodes(pages.leaves(root))
-    keys = np.stack([words[at + k] for k in range(4, 8)], -1).view(np.uint8).reshape(-1, 8)
-    if (words[at + 3] != ITEM_KEY.size).any() or (keys.copy().view('>u8')[:, 0] != np.arange(len(at))).any(): raise pages.damaged()
-    lengths, large = _number(words, at, 2), words[at + 2] & BIG_DATA > 0
-    offsets = numbers * facts.page_size + places + NODE_BYTES + ITEM_KEY.size
-    offsets[large] = _number(words, at[large] + 8, 4) * facts.page_size + 16 if large.any() else 0
-    if (offsets < 0).any() or (offsets + lengths > facts.file_bytes).any(): raise pages.damaged()
-    return offsets, lengths
+    with environment(path) as store:
+        for _ in range(100):  # until no writer comes between the two looks at the file
+            with store.begin() as txn:
+                facts = check_file(store.path)
+                if facts.transaction == txn.id(): return _places(store.path, facts)
+    raise DatatoolsError(f'{store.path} changes too fast, or was replaced while it was open.')
