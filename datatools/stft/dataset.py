@@ -123,7 +123,7 @@ def metadata(self: PrecomputedSTFTDataset,
     number = self._number(index)
     return {'index': number, **self._read([number], lambda record: decode_record(record).metadata)[0]}
 
-# %% ../../nbs/stft/24_dataset.ipynb #821a3612
+# %% ../../nbs/stft/24_dataset.ipynb #855e6597
 _hash_and_index = struct.Struct('<QQ')  # at byte 16 of a record
 
 @patch
@@ -144,8 +144,8 @@ def read_into(self: PrecomputedSTFTDataset,
 
 def _differs(name, index, value, array):
     "The error for an item that does not fit the batch"
-    return UsageError(f'Field {name!r} of item {index} is {value.dtype}{list(value.shape)}, the batch has {array.dtype}{list(array.shape[1:])}: the items '
-        'of a batch must agree. Cut them to one length in transform=…, leave the field out with fields=[…], or give make_loader a collate_fn.')
+    return UsageError(f'Field {name!r} of item {index} is {value.dtype}{list(value.shape)}, the batch has {array.dtype}{list(array.shape[1:])}: the '
+        'items of a batch must agree. Cut them to one length in transform=…, leave the field out by fields=[…], or give make_loader a collate_fn.')
 
 @patch
 def _copy(self: PrecomputedSTFTDataset, numbers, arrays):
@@ -195,7 +195,7 @@ def _in_memory(file, offset):
     try: return os.preadv(file, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
     except OSError: return False  # BlockingIOError where it is not, another error where the file system cannot tell
 
-# %% ../../nbs/stft/24_dataset.ipynb #597ddc7c
+# %% ../../nbs/stft/24_dataset.ipynb #765c27e7
 @patch
 def __repr__(self: PrecomputedSTFTDataset):
     return f'PrecomputedSTFTDataset({str(self.path)!r}, {self.count} items, fields {", ".join(self.fields)}, view {self.view})'
@@ -207,5 +207,6 @@ def _repr_html_(self: PrecomputedSTFTDataset):
     facts = {'items': self.count, 'complete': self.info.complete, 'size': human_bytes(self.info.file_bytes), 'view': self.view, **self.info.config}
     places = self.info.schema.places if self.info.schema else {}
     stored = [row(name, dtype.name, ' × '.join(map(str, shape)), 'yes' if name in self.fields else '') for name, (_, dtype, shape) in places.items()]
-    return (f'<b>{html.escape(str(self.path))}</b><table>{"".join(row(*fact) for fact in facts.items())}</table>'
+    name = self.path.name if self.info.single_file else self.path.absolute().parent.name
+    return (f'<b>{html.escape(name)}</b><table>{"".join(row(*fact) for fact in facts.items())}</table>'
             f'<table><tr><th>stored field</th><th>dtype</th><th>shape</th><th>chosen</th></tr>{"".join(stored)}</table>')

@@ -103,33 +103,24 @@ def __setstate__(self: Ring, state):
     self.descriptor = self.descriptor.detach()
     self._map()
 
-# %% ../../nbs/stft/25_loader.ipynb #f9701fa2
+# %% ../../nbs/stft/25_loader.ipynb #05c8727c
 class _Slots:
     "Which slots of a ring are free; lives in the training process"
-    def __init__(self, ring, pinned):
-        self.ring, self.pinned, self.turn = ring, pinned, 0
-        self.filling, self.lent, self.fences = set(), [()] * ring.slots, [None] * ring.slots
+    def __init__(self, ring):
+        self.ring, self.turn, self.filling, self.lent = ring, 0, set(), [()] * ring.slots
 
     def is_free(self, slot):
         return slot not in self.filling and not any(array() is not None for array in self.lent[slot])
 
     def take(self):
         "The next free slot, None where there is none"
-        free = [slot % self.ring.slots for slot in range(self.turn, self.turn + self.ring.slots) if self.is_free(slot % self.ring.slots)]
-        if self.pinned: free = self._fenced(free)
-        if not free: return None
-        self.turn = free[0] + 1
-        self.filling.add(free[0])
-        self.lent[free[0]], self.fences[free[0]] = (), None
-        return free[0]
-
-    def _fenced(self, free):
-        "The free slots, those first whose transfers to the device are done; waits for one where all are under way"
-        for slot in free:
-            if self.lent[slot] and self.fences[slot] is None: self.fences[slot] = torch.cuda.current_stream().record_event()
-        done = [slot for slot in free if self.fences[slot] is None or self.fences[slot].query()]
-        if free and not done: self.fences[free[0]].synchronize()
-        return done or free
+        for step in range(self.ring.slots):
+            slot = (self.turn + step) % self.ring.slots
+            if self.is_free(slot):
+                self.turn = slot + 1
+                self.filling.add(slot)
+                return slot
+        return None
 
     def lend(self, slot, count):
         "The tensors of a slot that has been filled"
@@ -138,7 +129,7 @@ class _Slots:
         self.filling.discard(slot)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-# %% ../../nbs/stft/25_loader.ipynb #24a7b17b
+# %% ../../nbs/stft/25_loader.ipynb #2a2a51c1
 class _Filler:
     "The dataset as the workers see it: fills slots"
     def __init__(self, dataset, ring, metadata):
@@ -148,9 +139,9 @@ class _Filler:
 
     def __getitems__(self, task):
         slot, indices, later = task
-        if later: self.dataset.advise(later)
         if self.ring is None: return self.dataset.__getitems__(indices)
         try:
+            if later: self.dataset.advise(later)
             arrays = self.ring.fresh(len(indices)) if slot is None else self.ring.arrays(slot, len(indices))
             self.dataset.read_into(indices, arrays)
             batch = {name: torch.from_numpy(array) for name, array in arrays.items()} if slot is None else None
@@ -236,16 +227,14 @@ class Loader:
         ring = f', ring of {self._slots.ring.slots} slots, {human_bytes(self._slots.ring.memory.size)}' if self._slots else ''
         return f'Loader({len(self)} batches of {self.order["batch_size"]}, {self.workers} workers, epoch {self.epoch}, batch {self.batch}{ring})'
 
-# %% ../../nbs/stft/25_loader.ipynb #95c8abf0
+# %% ../../nbs/stft/25_loader.ipynb #1f1c9fd1
 @patch
 def _start(self: Loader):
     "Make the ring, the stock loader and its workers"
-    depth = self.workers * self.prefetch
-    ring = None
-    if self.collate_fn is None and len(self):
-        ring = Ring(_layout(self.dataset), min(self.order['batch_size'], self.order['items']), depth + (4 if self.pin_memory else 2))
-    self._slots = None if ring is None else _Slots(ring, self.pin_memory)
-    self._sampler = _Sampler(self._slots, self.order['batch_size'], max(depth, 1))
+    depth, size, ring = self.workers * self.prefetch, self.order['batch_size'], None
+    if self.collate_fn is None and len(self): ring = Ring(_layout(self.dataset), min(size, self.order['items']), depth + 2)
+    self._slots = None if ring is None else _Slots(ring)
+    self._sampler = _Sampler(self._slots, size, max(depth, 1))
     some = dict(persistent_workers=True, prefetch_factor=self.prefetch, multiprocessing_context=self.start_method) if self.workers else {}
     self._stock = DataLoader(_Filler(self.dataset, ring, self.metadata), batch_sampler=self._sampler, num_workers=self.workers,
         collate_fn=self.collate_fn or _as_is, worker_init_fn=_start_worker, pin_memory=self.pin_memory and ring is None,
@@ -268,23 +257,14 @@ def __enter__(self: Loader): return self
 @patch
 def __exit__(self: Loader, *_): self.close()
 
-# %% ../../nbs/stft/25_loader.ipynb #b689de8a
-def _register(memory):
-    "Let the device read the ring directly, until the last tensor in it is gone"
-    address, runtime = memory.ctypes.data, torch.cuda.cudart()
-    torch.cuda.check_error(runtime.cudaHostRegister(address, memory.size, 0))
-    weakref.finalize(memory, runtime.cudaHostUnregister, address)
-
+# %% ../../nbs/stft/25_loader.ipynb #d2e61a10
 @patch
 def _begin(self: Loader, indices):
     "The stock iterator over `indices`; workers that have died since the last pass are replaced"
     if any(not worker.is_alive() for worker in self._worker_processes()): self.close()
-    fresh = self._stock is None
-    if fresh: self._start()
+    if self._stock is None: self._start()
     self._sampler.order = indices
-    iterator = iter(self._stock)  # the first time this starts the workers, and a forked process must not inherit registered memory
-    if fresh and self._slots and self.pin_memory: _register(self._slots.ring.memory)
-    return iterator
+    return iter(self._stock)
 
 @patch
 def _answers(self: Loader, indices):
@@ -309,7 +289,7 @@ def _worker_died(self: Loader, worker):
     return DatatoolsError(f'Worker process {worker.pid} of the loader {how}, after batch {self.batch} of epoch {self.epoch}. SIGKILL mostly means '
         'that the memory ran out: use fewer workers or smaller batches. The next pass starts new workers; state_dict() tells where to go on.')
 
-# %% ../../nbs/stft/25_loader.ipynb #26f78fbb
+# %% ../../nbs/stft/25_loader.ipynb #89b1fab6
 @patch
 def __iter__(self: Loader):
     "The batches of this epoch that are left; when they are through, the next epoch"
@@ -332,7 +312,8 @@ def _batch(self: Loader, answer):
         self._warned = True
         warnings.warn(f'{self._slots.ring.slots} or more batches are still in use, so this one was sent the slow way. '
                       'Drop batches, and views of them, when they are done with, or use copy=True.', stacklevel=3)
-    if self.copy: batch = {name: tensor.clone() for name, tensor in batch.items()}
+    if self.pin_memory: batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+    elif self.copy: batch = {name: tensor.clone() for name, tensor in batch.items()}
     return batch if metadata is None else {**batch, 'metadata': metadata}
 
 # %% ../../nbs/stft/25_loader.ipynb #f8cc630e
@@ -361,7 +342,7 @@ def load_state_dict(self: Loader,
     self.epoch, self.batch = state['epoch'], state['batch']
     self._resume_at = self.batch
 
-# %% ../../nbs/stft/25_loader.ipynb #923eafda
+# %% ../../nbs/stft/25_loader.ipynb #aedc8fb9
 def make_loader(
     dataset,                  # a `PrecomputedSTFTDataset`
     batch_size: int,          # items in a batch
@@ -373,7 +354,7 @@ def make_loader(
     metadata: bool = False,   # add a list of the items' metadata as batch['metadata']
     copy: bool = False,       # give every batch memory of its own
     collate_fn=None,          # makes a batch out of a list of items instead of the ring, for items that differ in shape
-    pin_memory: bool = None,  # memory that a CUDA device reads directly, None for where there is one
+    pin_memory: bool = None,  # copy every batch to memory that a CUDA device reads by itself, None for where there is one
     start_method: str = None, # 'fork', 'spawn' or 'forkserver', None for the default of the system
     rank: int = None,         # number of this process, None asks torch.distributed
     world_size: int = None,   # count of processes, None asks torch.distributed
@@ -383,7 +364,7 @@ def make_loader(
     methods = multiprocessing.get_all_start_methods()
     if start_method is not None and start_method not in methods: raise bad_value('start_method', start_method, methods)
     if pin_memory and not torch.cuda.is_available(): raise bad_value('pin_memory', pin_memory, 'False where there is no CUDA device')
-    if collate_fn is not None and metadata: raise bad_value('metadata', metadata, 'False with a collate_fn', 'The items of a collate_fn …')
+    if collate_fn is not None and metadata: raise bad_value('metadata', metadata, 'False with a collate_fn')
     rank, world_size = _processes(rank, world_size)
     seed_for(seed)  # refuses what is no integer
     order = dict(items=len(dataset), batch_size=int(batch_size), shuffle=bool(shuffle), seed=int(seed), drop_last=bool(drop_last),
