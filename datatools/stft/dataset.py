@@ -195,10 +195,15 @@ def _in_memory(file, offset):
     try: return os.preadv(file, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
     except OSError: return False  # BlockingIOError where it is not, another error where the file system cannot tell
 
-# %% ../../nbs/stft/24_dataset.ipynb #765c27e7
+# %% ../../nbs/stft/24_dataset.ipynb #a8b92475
+@patch(as_prop=True)
+def name(self: PrecomputedSTFTDataset) -> str:
+    "The last part of the path, without `data.mdb`"
+    return self.path.name if self.info.single_file else self.path.absolute().parent.name
+
 @patch
 def __repr__(self: PrecomputedSTFTDataset):
-    return f'PrecomputedSTFTDataset({str(self.path)!r}, {self.count} items, fields {", ".join(self.fields)}, view {self.view})'
+    return f'PrecomputedSTFTDataset({self.name!r}, {self.count} items, fields {", ".join(self.fields)}, view {self.view})'
 
 @patch
 def _repr_html_(self: PrecomputedSTFTDataset):
@@ -207,6 +212,5 @@ def _repr_html_(self: PrecomputedSTFTDataset):
     facts = {'items': self.count, 'complete': self.info.complete, 'size': human_bytes(self.info.file_bytes), 'view': self.view, **self.info.config}
     places = self.info.schema.places if self.info.schema else {}
     stored = [row(name, dtype.name, ' × '.join(map(str, shape)), 'yes' if name in self.fields else '') for name, (_, dtype, shape) in places.items()]
-    name = self.path.name if self.info.single_file else self.path.absolute().parent.name
-    return (f'<b>{html.escape(name)}</b><table>{"".join(row(*fact) for fact in facts.items())}</table>'
+    return (f'<b>{html.escape(self.name)}</b><table>{"".join(row(*fact) for fact in facts.items())}</table>'
             f'<table><tr><th>stored field</th><th>dtype</th><th>shape</th><th>chosen</th></tr>{"".join(stored)}</table>')
