@@ -158,6 +158,13 @@ def test_passes_that_end_early(dataset, workers):
         assert sum((numbers(batch) for batch in loader), []) == list(range(COUNT))
 
 
+class Counted:
+    "As much of a dataset as a loader needs before it reads"
+    def __init__(self, count): self.count = count
+    def __len__(self): return self.count
+    def read_into(self, indices, arrays): raise NotImplementedError
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 300), st.integers(0, 3), st.booleans(), st.integers(1, 9), st.booleans(), st.integers(1, 40))
 def test_partition(count, epoch, shuffle, world_size, drop_last, batch_size):
@@ -166,7 +173,7 @@ def test_partition(count, epoch, shuffle, world_size, drop_last, batch_size):
     union = np.concatenate(shares)
     if drop_last: assert len(np.unique(union)) == len(union) == count // world_size * world_size
     else: assert set(union) == set(range(count)) and (len(union) - count < world_size)
-    dataset = range(count)
+    dataset = Counted(count)
     loaders = [make_loader(dataset, batch_size, shuffle=shuffle, rank=rank, world_size=world_size, drop_last=drop_last, seed=5) for rank in range(world_size)]
     sizes = [len(loader) for loader in loaders]
     assert len(set(sizes)) == 1
@@ -325,6 +332,23 @@ def test_transfer_to_the_device(dataset, workers):
                 torch.cuda._sleep(2_000_000)  # the copy waits in the queue while the loader goes on
                 on_device.append({name: tensor.to('cuda', non_blocking=True) for name, tensor in batch.items()})
             assert sorted(sum((numbers({n: t.cpu() for n, t in batch.items()}) for batch in on_device), [])) == list(range(COUNT))
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_closed_loader_gives_everything_back(dataset, workers):
+    def held(): return len(os.listdir('/proc/self/fd')), sum('datatools-ring' in line for line in open('/proc/self/maps'))
+    def once():
+        with make_loader(dataset, 8, workers) as loader:
+            for batch in loader: assert held()[1] == 1
+        return batch
+    once()
+    before = held()
+    for _ in range(3): once()
+    assert held() == before and before[1] == 0
+    batch = once()
+    assert held()[1] == 1 and numbers(batch)  # as long as a batch is held
+    del batch
+    assert held() == before
 
 
 def test_is_a_loader(dataset): assert isinstance(make_loader(dataset, 4), Loader) and 'ring' not in repr(make_loader(dataset, 4))

@@ -342,7 +342,7 @@ def load_state_dict(self: Loader,
     self.epoch, self.batch = state['epoch'], state['batch']
     self._resume_at = self.batch
 
-# %% ../../nbs/stft/25_loader.ipynb #aedc8fb9
+# %% ../../nbs/stft/25_loader.ipynb #855ebd6d
 def make_loader(
     dataset,                  # a `PrecomputedSTFTDataset`
     batch_size: int,          # items in a batch
@@ -360,6 +360,8 @@ def make_loader(
     world_size: int = None,   # count of processes, None asks torch.distributed
 ) -> Loader:                  # iterable over dicts of tensors (batch, …)
     "Batches of a dataset, in an order that depends on nothing but the seed and the epoch"
+    if not hasattr(dataset, 'read_into'):
+        raise bad_value('dataset', type(dataset).__name__, 'a PrecomputedSTFTDataset', 'Any other dataset goes into a torch.utils.data.DataLoader.')
     for name, value, least in (('batch_size', batch_size, 1), ('workers', workers, 0), ('prefetch', prefetch, 1)): _check_whole(name, value, least)
     methods = multiprocessing.get_all_start_methods()
     if start_method is not None and start_method not in methods: raise bad_value('start_method', start_method, methods)
