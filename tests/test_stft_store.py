@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from datatools.core import DatatoolsError, FormatError, LockedError, MismatchError, UsageError, hash_file
-from datatools.stft import store
+from datatools.stft import pages, store
 from datatools.stft.records import decode_record, encode_record
 from datatools.stft.store import StoreWriter, check_file, environment, item_key, item_offsets, open_store
 
@@ -313,7 +313,7 @@ def test_damaged_pages_of_the_tree(tmp_path, reference):
         leaves = [page for page in range(2, facts.last_page + 1) if content[page * 4096 + 10] in (1, 2)]
         for _ in range(chance.randint(1, 20)): damaged[chance.choice(leaves) * 4096 + chance.randrange(8, 120)] = chance.randrange(256)
         (tmp_path/'damaged.mdb').write_bytes(damaged)
-        try: offsets, lengths = store._places(tmp_path/'damaged.mdb', facts)
+        try: offsets, lengths = pages.item_places(tmp_path/'damaged.mdb', facts)
         except FormatError: continue
         assert not len(offsets) or (offsets.min() >= 0 and (offsets + lengths).max() <= len(content))
 
@@ -435,10 +435,10 @@ def test_many_threads(reference):
 
 
 def test_network_filesystems_are_told(tmp_path, reference, monkeypatch):
-    monkeypatch.setattr(store, 'network_filesystem', lambda path: 'NFS')
-    store._warn_of_network.cache_clear()
+    monkeypatch.setattr(pages, 'network_filesystem', lambda path: 'NFS')
+    pages._warn_of_network.cache_clear()
     with pytest.warns(UserWarning, match='network filesystem .NFS.'): open_store(reference)
-    store._warn_of_network.cache_clear()
+    pages._warn_of_network.cache_clear()
 
 
 def test_opening_is_fast_and_flat(tmp_path):
