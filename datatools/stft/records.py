@@ -6,7 +6,7 @@
 __all__ = ['MAGIC', 'VERSION', 'HEAD', 'PREFIX', 'CHECKED', 'RESERVED', 'ALIGNMENT', 'PAGE_HEAD', 'DTYPES', 'MOST_FIELDS',
            'MOST_DIMENSIONS', 'MOST_BYTES', 'Schema', 'encode_record', 'Head', 'record_head', 'Record', 'decode_record']
 
-# %% ../../nbs/stft/21_records.ipynb #054b9ab1
+# %% ../../nbs/stft/21_records.ipynb #f9944bc2
 import hashlib
 import json
 import math
@@ -18,7 +18,7 @@ import google_crc32c
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import FormatError, UsageError, bad_value, canonical_json
+from ..core import FormatError, bad_value, canonical_json
 
 # %% ../../nbs/stft/21_records.ipynb #6591292b
 MAGIC, VERSION = b'DTRECORD', 1
