@@ -64,7 +64,7 @@ class PrecomputedSTFTDataset(torch.utils.data.Dataset):
         if self._environment is None: self._environment = environment(self.path)
         return self._environment
 
-# %% ../../nbs/stft/24_dataset.ipynb #a6e26e44
+# %% ../../nbs/stft/24_dataset.ipynb #84107200
 @patch
 def _number(self: PrecomputedSTFTDataset, index):
     "The index as a number from 0 to count - 1"
@@ -86,6 +86,7 @@ def _read(self: PrecomputedSTFTDataset, indices, use):
             except (FormatError, lmdb.Error) as error: raise FormatError(f'{self.path}: item {index}: {error}') from error
     return results
 
+# %% ../../nbs/stft/24_dataset.ipynb #f41f53ec
 @patch
 def _item(self: PrecomputedSTFTDataset, record):
     "The tensors of a record, in memory of their own"
@@ -123,7 +124,7 @@ def metadata(self: PrecomputedSTFTDataset,
     number = self._number(index)
     return {'index': number, **self._read([number], lambda record: decode_record(record).metadata)[0]}
 
-# %% ../../nbs/stft/24_dataset.ipynb #855e6597
+# %% ../../nbs/stft/24_dataset.ipynb #6ff24b82
 _hash_and_index = struct.Struct('<QQ')  # at byte 16 of a record
 
 @patch
@@ -147,6 +148,7 @@ def _differs(name, index, value, array):
     return UsageError(f'Field {name!r} of item {index} is {value.dtype}{list(value.shape)}, the batch has {array.dtype}{list(array.shape[1:])}: the '
         'items of a batch must agree. Cut them to one length in transform=…, leave the field out by fields=[…], or give make_loader a collate_fn.')
 
+# %% ../../nbs/stft/24_dataset.ipynb #9490f781
 @patch
 def _copy(self: PrecomputedSTFTDataset, numbers, arrays):
     "Copy stored fields; all records have the schema of the store"

@@ -32,7 +32,7 @@ def epoch_order(
     share = count // world_size if drop_last else -(-count // world_size)
     return np.resize(order, share * world_size)[rank::world_size] if count else order
 
-# %% ../../nbs/stft/25_loader.ipynb #07e0bc0b
+# %% ../../nbs/stft/25_loader.ipynb #077f9217
 def _shared_file(
     size: int,  # bytes
 ) -> int:       # file descriptor; the file has no name, so nothing is left behind however the process ends
@@ -51,7 +51,7 @@ def _shared_file(
     raise DatatoolsError(f'The ring of batch buffers needs {human_bytes(size)} of shared memory: {reason}. '
                          'Choose a smaller batch_size, fewer workers or a smaller prefetch.')
 
-
+# %% ../../nbs/stft/25_loader.ipynb #ca9be44c
 class Ring:
     "Slots of shared memory, each with room for one batch of every field"
     def __init__(self,
@@ -129,7 +129,7 @@ class _Slots:
         self.filling.discard(slot)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-# %% ../../nbs/stft/25_loader.ipynb #2a2a51c1
+# %% ../../nbs/stft/25_loader.ipynb #e83e0738
 class _Filler:
     "The dataset as the workers see it: fills slots"
     def __init__(self, dataset, ring, metadata):
@@ -148,7 +148,7 @@ class _Filler:
             return slot, len(indices), batch, [self.dataset.metadata(i) for i in indices] if self.metadata else None
         except DatatoolsError as error: return error
 
-
+# %% ../../nbs/stft/25_loader.ipynb #86a1754a
 def _as_is(batch):
     "The collate function of batches that are whole already"
     return batch
