@@ -255,7 +255,7 @@ if __name__ == '__main__': main()
 
 def test_nothing_outlives_the_process(store, tmp_path, root):
     "However the training ends, its workers end, too; all ways at once, since those of a killed process look for it every five seconds"
-    ways = [*((how, 'fork') for how in ('exit', 'raise', 'SIGINT', 'SIGTERM', 'SIGKILL')), ('raise', 'spawn'), ('SIGKILL', 'spawn')]
+    ways = [('exit', 'fork'), ('raise', 'fork'), ('SIGINT', 'fork'), ('SIGKILL', 'fork'), ('SIGKILL', 'spawn')]
     (tmp_path / 'train.py').write_text(CHILD)
     started = []
     for how, method in ways:
