@@ -124,7 +124,7 @@ def metadata(self: PrecomputedSTFTDataset,
     number = self._number(index)
     return {'index': number, **self._read([number], lambda record: decode_record(record).metadata)[0]}
 
-# %% ../../nbs/stft/24_dataset.ipynb #6a5bf1ae
+# %% ../../nbs/stft/24_dataset.ipynb #c19d9f7d
 _hash_and_index = struct.Struct('<QQ')  # at byte 16 of a record
 
 @patch
@@ -146,7 +146,8 @@ def read_into(self: PrecomputedSTFTDataset,
 def _differs(name, index, value, array):
     "The error for an item that does not fit the batch"
     return UsageError(f'Field {name!r} of item {index} is {value.dtype}{list(value.shape)}, the batch has {array.dtype}{list(array.shape[1:])}: '
-        'the items of a batch must agree. Cut them to one length in transform=…, leave the field out by fields=[…], or give make_loader a collate_fn.')
+        'all items of a batch must agree. Cut them to one length in transform=…, leave the field out by fields=[…], '
+        'or give make_loader a collate_fn.')
 
 # %% ../../nbs/stft/24_dataset.ipynb #9490f781
 @patch
