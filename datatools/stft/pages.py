@@ -93,24 +93,32 @@ def _warn_of_network(device, path):
     if kind := network_filesystem(path):
         warnings.warn(f'{path} is on a network filesystem ({kind}): copy the store to a local disk for speed, and never write to it from two machines.')
 
-# %% ../../nbs/stft/21_pages.ipynb #1935e571
+# %% ../../nbs/stft/21_pages.ipynb #f6829376
 BRANCH_PAGE, LEAF_PAGE, BIG_DATA, SUB_DATABASE = 0x01, 0x02, 0x01, 0x02
 ITEMS, KEY_BYTES = b'items', 8
 NODE_BYTES = 8  # before the key: 4 bytes of length or page number, 2 of flags, 2 of length of the key
 
 
 class _Pages:
-    "The pages of an LMDB file as an array, and the nodes on some of them"
-    def __init__(self, path, page_size, last_page):
-        self.path, self.size = path, page_size
-        self.table = np.memmap(path, np.uint8, 'r', shape=(last_page + 1, page_size))
+    "Some pages of an LMDB file, and the nodes on them"
+    def __init__(self, file, path, facts):
+        self.file, self.path, self.size, self.count = file.fileno(), path, facts.page_size, facts.last_page + 1
+
+    def read(self, numbers):
+        "Some pages as 16-bit words, a row each"
+        starts = (numbers * self.size).tolist()
+        if hasattr(os, 'posix_fadvise'):
+            for start in starts: os.posix_fadvise(self.file, start, self.size, os.POSIX_FADV_WILLNEED)
+        content = b''.join([os.pread(self.file, self.size, start) for start in starts])
+        if len(content) != len(starts) * self.size: raise self.damaged()
+        return np.frombuffer(content, '<u2').reshape(-1, self.size // 2)
 
     def damaged(self): return FormatError(f'{self.path}: damaged: the tree of its items is not in order')
 
     def nodes(self, numbers):
-        "Kind of these pages, and all nodes on them: content, page number and place in the page of each"
-        if not len(numbers) or numbers.min() < 2 or numbers.max() >= len(self.table): raise self.damaged()
-        words = self.table[numbers].view('<u2')
+        "Kind of these pages, and all nodes on them: words, where in them, page number and place in the page of each"
+        if not len(numbers) or numbers.min() < 2 or numbers.max() >= self.count: raise self.damaged()
+        words = self.read(numbers)
         kinds, counts = words[:, 5] & (BRANCH_PAGE | LEAF_PAGE), (words[:, 6].astype(np.int64) - 16) // 2
         if (kinds != kinds[0]).any() or kinds[0] not in (BRANCH_PAGE, LEAF_PAGE): raise self.damaged()
         if counts.min() < 1 or counts.max() > (self.size - 16) // 2: raise self.damaged()
@@ -120,16 +128,16 @@ class _Pages:
         return int(kinds[0]), words.reshape(-1), rows * (self.size // 2) + places // 2, numbers[rows], places
 
     def leaves(self, root):
-        "The numbers of the leaf pages of a tree, in order"
+        "All nodes on the leaf pages of a tree, in order"
         level = np.array([root], np.int64)
         for _ in range(32):
-            kind, words, at, _, _ = self.nodes(level)
-            if kind == LEAF_PAGE: return level
+            kind, words, at, numbers, places = self.nodes(level)
+            if kind == LEAF_PAGE: return words, at, numbers, places
             level = _number(words, at, 3)
-            if len(level) > len(self.table): raise self.damaged()
+            if len(level) > self.count: raise self.damaged()
         raise self.damaged()
 
-# %% ../../nbs/stft/21_pages.ipynb #2db688ce
+# %% ../../nbs/stft/21_pages.ipynb #058c397d
 def _number(words, at, length):
     "Little-endian numbers of some 16-bit words"
     if at.max() + length > len(words): return np.array([-1])
@@ -139,7 +147,7 @@ def _number(words, at, length):
 def _root_of_items(pages, main_root):
     "The page at the root of the tree of items, -1 if there are none"
     if main_root == NO_PAGE: raise pages.damaged()
-    _, words, at, _, _ = pages.nodes(pages.leaves(main_root))
+    words, at, _, _ = pages.leaves(main_root)
     content = words.tobytes()
     for place in at * 2:
         _, flags, length = struct.unpack_from('<IHH', content, place)
@@ -154,10 +162,11 @@ def item_places(
     facts: FileFacts,  # from `check_file`
 ):                     # int64 (count,): offset of every value in the file; int64 (count,): its length
     "Where the values of the database `items` lie, whose keys are the numbers 0, 1, 2, … as 8 bytes, big-endian"
-    pages = _Pages(path, facts.page_size, facts.last_page)
-    root = _root_of_items(pages, facts.main_root)
-    if root < 0: return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    _, words, at, numbers, places = pages.nodes(pages.leaves(root))
+    with open(path, 'rb', buffering=0) as file:
+        pages = _Pages(file, path, facts)
+        root = _root_of_items(pages, facts.main_root)
+        if root < 0: return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        words, at, numbers, places = pages.leaves(root)
     if at.max() + 8 > len(words): raise pages.damaged()
     keys = np.stack([words[at + k] for k in range(4, 8)], -1).view('>u8')[:, 0]
     if (words[at + 3] != KEY_BYTES).any() or (keys != np.arange(len(at))).any(): raise pages.damaged()
