@@ -132,6 +132,15 @@ def test_killed_anywhere_the_file_comes_out_the_same(tmp_path, reference):
     check(tmp_path/'train.lmdb')
 
 
+def test_killed_while_it_is_made(tmp_path, reference):
+    "Between the rename of a new data.mdb and the removal of the folder it was made in"
+    write(tmp_path/'train.lmdb', 0, complete=False)
+    (tmp_path/'train.lmdb'/'.new').mkdir()
+    write(tmp_path/'train.lmdb')
+    assert sorted(os.listdir(tmp_path/'train.lmdb')) == ['data.mdb', 'writer.lock']
+    assert hash_file(tmp_path/'train.lmdb'/'data.mdb') == hash_file(reference/'data.mdb')
+
+
 @pytest.mark.drill
 def test_killed_for_ten_minutes_the_file_comes_out_the_same(tmp_path, reference):
     runs, kills = drill(tmp_path/'train.lmdb', reference, 600, seed=time.time_ns())
