@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-IMPORT_NAMES = {'pyyaml': 'yaml', 'dask[distributed]': 'distributed'}  # where it is not the name of the distribution
+IMPORT_NAMES = {'pyyaml': 'yaml', 'google-crc32c': 'google_crc32c', 'dask[distributed]': 'distributed'}  # where it is not the name of the distribution
 
 
 @pytest.fixture(scope='module')
