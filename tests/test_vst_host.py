@@ -75,7 +75,7 @@ def test_a_plugin_that_crashes_while_it_loads(plugin_variant):
 
 
 def test_a_plugin_that_hangs_while_it_loads(plugin_variant):
-    with pytest.raises(FormatError, match='this plugin cannot be used: stopped after 2.* seconds'): probe_instrument(plugin_variant('AT_LOAD=4'), timeout=2)
+    with pytest.raises(FormatError, match='this plugin cannot be used: stopped after 1.* seconds'): probe_instrument(plugin_variant('AT_LOAD=4'), timeout=1)
 
 
 def test_mono(plugin_variant):
