@@ -211,11 +211,11 @@ def plot_parameter(
     ax.set_xticks(found.low, found.labels, rotation=30 * crowded, ha='right' if crowded else 'center', fontsize=8)
     return ax
 
-# %% ../../nbs/vst/49_plots.ipynb #3ca4f1f3
+# %% ../../nbs/vst/49_plots.ipynb #486baff5
 class Deviation(NamedTuple):
     "How far a parameter is from its specification"
     distance: float  # share of samples that are not where they were expected, 0 to 1
-    chance: float    # distance that draws without rejections exceed once in 1000 times
+    chance: float    # distance that draws without rejections exceed once in 100 times
 
 
 def _distance(found: Tally, shares: np.ndarray) -> np.ndarray:
@@ -244,7 +244,7 @@ def deviation(
     samples = found.count.sum() + found.strays
     drawn = rng_for(seed, 'deviation').multinomial(samples, found.probability / found.probability.sum(), 2000)
     distance = max(_distance(found, found.count / samples), found.strays / samples)
-    return Deviation(float(distance), float(np.quantile(_distance(found, drawn / samples), 0.999)))
+    return Deviation(float(distance), float(np.quantile(_distance(found, drawn / samples), 0.99)))
 
 
 def deviations(
@@ -262,10 +262,7 @@ def deviations(
     found = {name: deviation(each) for name, each in tallies.items()}
     return dict(sorted(found.items(), key=lambda entry: -entry[1].distance / max(entry[1].chance, 1e-12)))
 
-# %% ../../nbs/vst/49_plots.ipynb #31870007
-_ABOVE = dict(loc='lower right', bbox_to_anchor=(1, 1), fontsize=9, frameon=False)  # where a legend hides no bar
-
-
+# %% ../../nbs/vst/49_plots.ipynb #8b09c224
 def _ranked(ax, names, values, xlabel: str, colours):
     "Horizontal bars, the first on top"
     ax = _axes(ax, 8, 0.8 + 0.23 * len(names))
@@ -289,8 +286,8 @@ def plot_balance(
     ax = _ranked(ax, names, distances, 'distance from the specification (% of samples)', np.where(distances > chances, EXPECTED, FOUND))
     ax.plot(chances, range(len(names)), '|', color='black', markersize=10)
     marks = [Swatch(color=EXPECTED, label='more than chance'), Swatch(color=FOUND, label='no more than chance'),
-             plt.Line2D([], [], color='black', marker='|', linestyle='', markersize=10, label='99.9 % of draws stay below')]
-    ax.legend(handles=marks, ncols=3, **_ABOVE)
+             plt.Line2D([], [], color='black', marker='|', linestyle='', markersize=10, label='99 % of draws stay below')]
+    ax.legend(handles=marks, ncols=3, loc='lower right', bbox_to_anchor=(1, 1), fontsize=9, frameon=False)  # above, where it hides no bar
     return ax
 
 # %% ../../nbs/vst/49_plots.ipynb #f46b30ed
@@ -357,7 +354,7 @@ def read_peaks(
         found.append((float(bits.max().view(np.float16)), (bits >= _FULL_SCALE).mean()))
     return np.array(found)
 
-# %% ../../nbs/vst/49_plots.ipynb #b6fd70cc
+# %% ../../nbs/vst/49_plots.ipynb #1ca2df99
 def _histogram(ax, values, bins, title: str, xlabel: str) -> None:
     "A histogram with its title and labels"
     ax.hist(values, min(max(math.isqrt(len(values)), 8), 40) if bins is None else bins, color=FOUND, edgecolor='white', linewidth=0.5)
@@ -383,6 +380,7 @@ def plot_levels(
     share = f'clipping: {len(clipped) / len(peaks):.1%} of samples reach full scale'
     _histogram(axes[2], 100 * clipped, np.geomspace(99.9 * clipped.min(), 100.1 * clipped.max(), 12) if len(clipped) else 1, share, 'frames at or beyond full scale (%)')
     if len(clipped): axes[2].set_xscale('log')
+    else: axes[2].set(xticks=(), yticks=())
     most_draws = min(int(attempt.max()), 40)
     _histogram(axes[3], attempt.clip(max=most_draws) + 1, np.arange(0.5, most_draws + 2), f'draws: {(attempt == 0).mean():.1%} of samples needed one', 'draws until a sample was taken')
     return axes
@@ -475,7 +473,7 @@ def plot_mel_statistics(
         ax.set_title(f'{title} of {len(_spread(reader, most))} mel spectrograms', fontsize=10, loc='left')
     return axes
 
-# %% ../../nbs/vst/49_plots.ipynb #3a0125c3
+# %% ../../nbs/vst/49_plots.ipynb #e6a0c3f2
 def rank_correlations(
     vectors: np.ndarray,  # (samples, numbers)
     target: np.ndarray,   # (samples,)
@@ -489,10 +487,10 @@ def rank_correlations(
 def _plot_effects(ax, names, values, chance: float, top: int, xlabel: str):
     "The largest effects, with the band in which chance alone leaves them"
     order = [k for k in np.argsort(-np.abs(np.nan_to_num(values)), kind='stable') if np.isfinite(values[k])][:top]
+    xlabel += '\n(grey: 95 % of what has no effect)'
     ax = _ranked(ax, [names[k] for k in order], values[order], xlabel, np.where(np.abs(values[order]) > chance, CONSTANT, FOUND))
-    ax.axvspan(-chance, chance, color=CHANCE, alpha=0.3, linewidth=0, label='95 % of what has no effect', zorder=0)
+    ax.axvspan(-chance, chance, color=CHANCE, alpha=0.3, linewidth=0, zorder=0)
     ax.axvline(0, color='black', linewidth=0.8)
-    ax.legend(**_ABOVE)
     return ax
 
 
@@ -550,7 +548,7 @@ def rejected_draws(
         place += len(rejections)
     return np.array(found, np.float32).reshape(-1, reader.layout.param_count)
 
-# %% ../../nbs/vst/49_plots.ipynb #57d5de0f
+# %% ../../nbs/vst/49_plots.ipynb #0bbf3aa0
 def plot_rejected(
     reader: ChunkedDatasetReader,
     cause: str = 'silent',  # one of CAUSES
@@ -564,8 +562,8 @@ def plot_rejected(
     ranks, names = rankdata(np.concatenate([rejected, accepted]), axis=0), spec_of(reader).encoded_names
     effect = 2 * (ranks[:len(rejected)].mean(0) - ranks[len(rejected):].mean(0)) / len(ranks)
     chance = 1.96 * math.sqrt((len(ranks) + 1) / (3 * len(rejected) * len(accepted)))
-    ax = _plot_effects(ax, names, effect, chance, top, 'rejected draws have smaller values (−1) … larger values (1)')
-    ax.set_title(f'{len(rejected):,} draws rejected as {cause.replace("_", " ")}, against {len(accepted):,} accepted', fontsize=10, loc='left')
+    ax = _plot_effects(ax, names, effect, chance, top, 'lower (−1) … higher (1) values when rejected')
+    ax.set_title(f'{len(rejected):,} rejected as {cause.replace("_", " ")}, {len(accepted):,} accepted', fontsize=10, loc='left')
     return ax
 
 # %% ../../nbs/vst/49_plots.ipynb #21ed57dc
