@@ -182,7 +182,7 @@ def _cut_constant(ax, found: Tally, samples: int) -> None:
     ax.annotate(f'{number:,} at {place:g}\n(expected {expected:,.0f})', (place, top), (9 if beside else -9, -1), textcoords='offset points',
                 ha='left' if beside else 'right', va='top', fontsize=8, color=CONSTANT)
 
-# %% ../../nbs/vst/49_plots.ipynb #b2fc9d2d
+# %% ../../nbs/vst/49_plots.ipynb #9f197586
 _AXIS = dict(continuous='raw value', integer='position', pitch='MIDI note number', velocity='MIDI velocity')
 
 
@@ -193,7 +193,8 @@ def plot_parameter(
 ):                        # the Axes
     "Values of one parameter, and what its specification expects"
     ax, found, samples = _axes(ax, 4, 2.4), tally(parameter, encoded), len(encoded)
-    ax.set_title(parameter.name, fontsize=10, loc='left')
+    name = parameter.name if len(parameter.name) <= 32 else f'{parameter.name[:15]}…{parameter.name[-16:]}'
+    ax.set_title(name, fontsize=10 if len(name) <= 22 else 8, loc='left')
     ax.set_ylabel('samples')
     single = found.low == found.high
     span = (found.high.max() - found.low.min()) or 1.0
@@ -207,8 +208,10 @@ def plot_parameter(
     if not found.labels:
         ax.set_xlabel(_AXIS[parameter.kind])
         return ax
-    crowded = sum(map(len, found.labels)) > 24
-    ax.set_xticks(found.low, found.labels, rotation=30 * crowded, ha='right' if crowded else 'center', fontsize=8)
+    every, crowded = -(-len(found.labels) // 20), sum(map(len, found.labels)) > 24
+    steep = crowded and len(found.labels) > 6
+    ax.set_xticks(found.low[::every], [label[:18] for label in found.labels[::every]], fontsize=7 if steep else 8,
+                  rotation=90 if steep else 30 * crowded, ha='right' if crowded and not steep else 'center')
     return ax
 
 # %% ../../nbs/vst/49_plots.ipynb #486baff5
@@ -508,12 +511,13 @@ def plot_correlations(
     vectors, values = read_columns(reader, 'param_array', target, most=most)
     return _plot_effects(ax, names, rank_correlations(vectors, values), 1.96 / math.sqrt(len(values)), top, f'rank correlation with {target}')
 
-# %% ../../nbs/vst/49_plots.ipynb #04a2d747
+# %% ../../nbs/vst/49_plots.ipynb #a8cdceb3
 def plot_rejections(
     reader: ChunkedDatasetReader,
     ax = None,  # None for new axes
 ):              # the Axes
     "How many draws were rejected, by cause"
+    if not reader.total_samples: raise UsageError(f'{reader.path}: there is no finished chunk to look at')
     counts = sum((piece.sum(0, dtype=np.int64) for piece, in _pieces(reader, ('rejections',))), np.zeros(len(CAUSES), np.int64))
     draws = counts.sum() + reader.total_samples
     ax = _ranked(ax, [cause.replace('_', ' ') for cause in CAUSES], counts, 'rejected draws', FOUND)
