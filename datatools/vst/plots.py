@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['MOST', 'SOME', 'FOUND', 'CONSTANT', 'EXPECTED', 'CHANCE', 'STATES', 'spec_of', 'read_columns', 'Tally', 'tally',
            'plot_parameter', 'Deviation', 'deviation', 'deviations', 'plot_balance', 'plot_parameters', 'plot_notes',
-           'read_peaks', 'plot_levels', 'note_name', 'listen', 'mel_statistics', 'plot_mel_statistics',
+           'read_peaks', 'plot_levels', 'note_name', 'Page', 'listen', 'mel_statistics', 'plot_mel_statistics',
            'rank_correlations', 'plot_correlations', 'plot_rejections', 'rejected_draws', 'plot_rejected', 'Stretch',
            'read_throughput', 'plot_throughput', 'plot_chunks']
 
-# %% ../../nbs/vst/49_plots.ipynb #18de0bee
+# %% ../../nbs/vst/49_plots.ipynb #012269b7
 import base64
 import html
 import io
 import json
 import math
+import wave
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -412,7 +413,7 @@ def note_name(
     "Name of a MIDI note number"
     return f'{"C C# D D# E F F# G G# A A# B".split()[pitch % 12]}{pitch // 12 - 1}'
 
-# %% ../../nbs/vst/49_plots.ipynb #a9082337
+# %% ../../nbs/vst/49_plots.ipynb #622acff5
 def _mel_png(mel: np.ndarray, reader: ChunkedDatasetReader) -> str:  # data URI
     "A small picture of one mel spectrogram"
     figure, file = Figure(figsize=(3.3, 2), dpi=80, layout='constrained'), io.BytesIO()
@@ -425,10 +426,24 @@ def _mel_png(mel: np.ndarray, reader: ChunkedDatasetReader) -> str:  # data URI
 
 def _player(audio: np.ndarray, sample_rate: int, seconds: float) -> str:  # data URI
     "The start of a sound, mono and at no more than 22.05 kHz"
-    from IPython.display import Audio
     mono, divisor = audio[:, :round(seconds * sample_rate)].astype(np.float32).mean(0), max(1, math.ceil(sample_rate / 22_050))
     if divisor > 1: mono = resample_poly(mono, 1, divisor)
-    return Audio(mono, rate=sample_rate // divisor, normalize=bool(np.abs(mono).max())).src_attr()
+    full, file = np.rint(mono * (32_767 / max(np.abs(mono).max(), 1e-9))).astype('<i2'), io.BytesIO()
+    with wave.open(file, 'wb') as sound:
+        sound.setparams((1, 2, sample_rate // divisor, len(full), 'NONE', ''))
+        sound.writeframes(full.tobytes())
+    return 'data:audio/wav;base64,' + base64.b64encode(file.getvalue()).decode()
+
+
+class Page:
+    "HTML that a notebook shows"
+    def __init__(self,
+        data: str,  # the HTML
+    ):
+        self.data = data
+
+    def __repr__(self): return f'Page({len(self.data):,} characters of HTML)'
+    def _repr_html_(self): return self.data
 
 
 def listen(
@@ -436,9 +451,8 @@ def listen(
     ids = 6,                # global numbers, or how many to draw
     seed: int = 0,          # decides which are drawn
     seconds: float = 1.0,   # of each sound
-):                          # IPython HTML
+):                          # a `Page`
     "Mel spectrograms with a player below each"
-    from IPython.display import HTML
     wanted = ('audio', 'mel_spec', 'midi_note') + (('loudness',) if 'loudness' in reader.fields else ())
     samples = reader.get_random_samples(ids, seed, wanted) if isinstance(ids, int) else [reader.get_sample(i, wanted) for i in ids]
     cells = []
@@ -447,7 +461,7 @@ def listen(
         cells.append(f'<figure style="margin:0"><figcaption>{html.escape(caption)}</figcaption>'
                      f'<img alt="mel spectrogram of {html.escape(caption)}" src="{_mel_png(_mono(sample["mel_spec"]), reader)}" style="max-width:100%">'
                      f'<audio controls preload="none" style="width:100%" src="{_player(sample["audio"], sample["sample_rate"], seconds)}"></audio></figure>')
-    return HTML('<div style="display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:12px">' + ''.join(cells) + '</div>')
+    return Page('<div style="display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:12px">' + ''.join(cells) + '</div>')
 
 # %% ../../nbs/vst/49_plots.ipynb #f96e4df6
 def mel_statistics(
