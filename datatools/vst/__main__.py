@@ -32,7 +32,7 @@ clear_errors = partial(console.clear_errors, memory='Use fewer workers, or short
 @app.callback()
 def vst(): pass  # keeps the commands apart while there is only one
 
-# %% ../../nbs/vst/50_main.ipynb #ed8e9830
+# %% ../../nbs/vst/50_main.ipynb #c1e1afe9
 Config = Annotated[str, typer.Option('--config', metavar='FILE', help='YAML file, or original_config.yaml or dataset_config_large.yaml, which come with the package.')]
 Settings = Annotated[List[str], typer.Option('--set', metavar='KEY=VALUE', help='Replaces a key of the file; can be given several times.')]
 Json = Annotated[bool, typer.Option('--json', help='Print the result as JSON.')]
@@ -69,6 +69,7 @@ def incomplete(
         first = ', '.join(f'{index} ({", ".join(f"{count} {cause}" for cause, count in causes.items())})' for index, causes in list(given_up.items())[:5])
         parts.append(f'{len(given_up)} samples were given up: {first}{", ..." if len(given_up) > 5 else ""}. More max_attempts, or other ranges for the parameters, may help')
     if summary['failed_blocks']: parts.append(f'{summary["failed_blocks"]} blocks failed: {message}')
+    if not parts: parts.append('Samples that were damaged on the disk have to be rendered again')
     return f'The data set is not complete. {"; ".join(parts)}. All other samples are safe; --resume tries again.'
 
 # %% ../../nbs/vst/50_main.ipynb #55128bf3

@@ -158,7 +158,7 @@ def _lock(config: GenerateConfig):
     "Only one process at a time makes a partial chunk, or turns one into a final file."
     with file_lock(Path(config.output_dir)/'.chunks.lock', wait=True): yield
 
-# %% ../../nbs/vst/47_generate.ipynb #3f453191
+# %% ../../nbs/vst/47_generate.ipynb #5f3ef9c2
 def _open_partial(job: Job, chunk: int, rows: range):
     "The partial of a chunk, made if need be; None if the chunk is finished."
     path, layout = chunk_path(job.config, chunk), chunk_layout(job, chunk)
@@ -168,17 +168,15 @@ def _open_partial(job: Job, chunk: int, rows: range):
     try: return PartialChunk.open(partial_path(path), layout, job.hash, rows)
     except FormatError as error: raise FormatError(f'{error}. Remove it, and resume: its samples are rendered again.') from error
 
-def _finish_chunk(job: Job, chunk: int) -> None:
-    "Turn a partial chunk whose samples are all there into the final file."
-    path, layout = chunk_path(job.config, chunk), chunk_layout(job, chunk)
+def _finish_chunk(job: Job, part: PartialChunk) -> None:
+    "Turn a partial chunk into the final file, if its samples are all there."
+    path = chunk_path(job.config, part.layout.chunk)
     with _lock(job.config):
-        if path.exists(): return
-        with PartialChunk.open(partial_path(path), layout, job.hash, range(0)) as part:
-            if not part.done.all(): return
-            try: part.finish(path, lambda vector, row: describe(job, vector), job.config.compression)
-            except FormatError: PartialChunk.open(partial_path(path), layout, job.hash).close()  # damaged samples count as missing now; their block renders them
+        if path.exists() or not part.refresh().all(): return
+        try: part.finish(path, lambda vector, row: describe(job, vector), job.config.compression)
+        except FormatError: PartialChunk.open(part.path, part.layout, job.hash).close()  # damaged samples count as missing now; their block renders them
 
-# %% ../../nbs/vst/47_generate.ipynb #b7a38995
+# %% ../../nbs/vst/47_generate.ipynb #30c56a0e
 def _write(job: Job, part: PartialChunk, row: int, sample: Sample) -> None:
     "Put a sample into a partial chunk."
     patch = sample.draw.patch
@@ -216,7 +214,7 @@ def render_block(
                     continue
                 _write(job, part, row, sample)
                 result['made'] += 1
-        if not result['given_up']: _finish_chunk(job, chunk)
+            if not result['given_up']: _finish_chunk(job, part)
     return dict(result, rejections=dict(result['rejections']), cpu_seconds=_cpu_seconds() - begun)
 
 def _cpu_seconds() -> float:
