@@ -27,7 +27,7 @@ def content(i):
     rng = rng_for(5, i)
     return dict(audio=rng.uniform(-1, 1, (2, FRAMES)).astype(np.float32), mel=rng.uniform(-80, 0, (2, 128, 3)).astype(np.float32),
                 param_array=rng.random(4, np.float32), midi_note=30 + i, velocity=100, note_start_end=(0.0, 0.1 + i), loudness=-1.0 - i, attempt=i % 3,
-                rejections=(i % 3, 0, 0, 0, 0))
+                rejections=(i % 3, 0, 0, 0, 0), phrase=i % 4 - 1)
 
 
 def write_chunk(folder, chunk, total=TOTAL, each=EACH, compression='none', naming=FILE_NAMING):
@@ -62,7 +62,7 @@ def check_sample(sample, i):
     assert sample['audio'].dtype == np.float16 and (sample['audio'] == wanted['audio'].astype(np.float16)).all()
     assert (sample['mel_spec'] == wanted['mel']).all() and (sample['param_array'] == wanted['param_array']).all()
     assert sample['parameters'] == {'größe': float(wanted['param_array'][0])}
-    for name in ('midi_note', 'velocity', 'loudness', 'attempt'): assert sample[name] == wanted[name]
+    for name in ('midi_note', 'velocity', 'loudness', 'attempt', 'phrase'): assert sample[name] == wanted[name]
     for name in ('note_start_end', 'rejections'): assert tuple(sample[name]) == wanted[name]
 
 

@@ -138,10 +138,10 @@ class _Rows:
         if os.preadv(self.descriptor, [values], begin) != self.size: raise FormatError(f'{self.dataset.file.filename}: {self.dataset.name} ends before row {row}')
         return values
 
-# %% ../../nbs/vst/48_reader.ipynb #ea6e4738
+# %% ../../nbs/vst/48_reader.ipynb #8ff7b3c9
 _ARRAYS = ('audio', 'mel_spec', 'param_array')
 _NUMBERS = dict(midi_note='midi_notes', velocity='velocities', loudness='loudness', note_start_end='note_start_end', attempt='attempt',
-                rejections='rejections')
+                rejections='rejections', phrase='phrase')
 FIELDS = (*_ARRAYS, 'parameters', *_NUMBERS)  # what a sample can hold besides global_id, chunk_id and sample_rate
 
 
@@ -171,7 +171,7 @@ class _OpenChunk:
         value = self.columns[field][row]
         return value.copy() if value.ndim else value.item()
 
-# %% ../../nbs/vst/48_reader.ipynb #b5b1b8f2
+# %% ../../nbs/vst/48_reader.ipynb #ac0bbbe7
 class ChunkedDatasetReader:
     "A dataset of chunk files: samples by number, at random, chunk by chunk, or as torch batches."
     def __init__(self,
@@ -195,6 +195,12 @@ class ChunkedDatasetReader:
     def total_samples(self) -> int:
         "Samples that can be read; `len` also counts those of chunks that are missing, partial or damaged."
         return int(self._ends[-1]) if len(self._ends) else 0
+
+    @property
+    def phrases(self) -> list:
+        "Names of the MIDI files that are played, by the number that the field `phrase` has; empty where single notes are."
+        config = self.manifest['config'] if self.manifest else {}
+        return [phrase if isinstance(phrase, str) else phrase[0] for phrase in config.get('phrases', ())]
 
 # %% ../../nbs/vst/48_reader.ipynb #387c3d52
 @patch
