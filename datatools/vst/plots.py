@@ -9,7 +9,7 @@ __all__ = ['MOST', 'SOME', 'FOUND', 'CONSTANT', 'EXPECTED', 'CHANCE', 'STATES', 
            'rank_correlations', 'plot_correlations', 'plot_rejections', 'rejected_draws', 'plot_rejected', 'Stretch',
            'read_throughput', 'plot_throughput', 'plot_chunks']
 
-# %% ../../nbs/vst/49_plots.ipynb #012269b7
+# %% ../../nbs/vst/49_plots.ipynb #78afe6ef
 import base64
 import html
 import io
@@ -33,7 +33,7 @@ from .chunks import CAUSES, damage_named
 from .config import GenerateConfig, make_config
 from .features import _mel_to_hertz
 from .generate import Job, _vector, draw
-from .params import Note, ParamSpec
+from .params import ParamSpec
 from .reader import ChunkedDatasetReader
 
 # %% ../../nbs/vst/49_plots.ipynb #cd2f5927
@@ -540,14 +540,13 @@ def plot_rejections(
     ax.set_title(f'{counts.sum():,} of {draws:,} draws were rejected ({counts.sum() / draws:.1%})', fontsize=10, loc='left')
     return ax
 
-# %% ../../nbs/vst/49_plots.ipynb #83210cdd
+# %% ../../nbs/vst/49_plots.ipynb #d4aff8a5
 def _job_of(reader: ChunkedDatasetReader) -> Job:
     "The job that made a dataset, as far as its draws go"
     if reader.manifest is None: raise UsageError(f'{reader.path} has no manifest: the seed of its draws is not known')
     config = reader.manifest['config']
     known = {key: value for key, value in config.items() if key in GenerateConfig.__dataclass_fields__}
-    phrases = tuple((name, tuple(Note(*note) for note in notes)) for name, notes in config['phrases'])
-    return Job(make_config(dict(known, output_dir=str(reader.directory)), str(reader.path)), spec_of(reader), phrases)
+    return Job(make_config(dict(known, output_dir=str(reader.directory)), str(reader.path)), spec_of(reader), len(config['phrases']), reader.manifest['config_hash'])
 
 
 def rejected_draws(
