@@ -283,6 +283,14 @@ def test_another_layout_is_refused_by_name(tmp_path, name, value):
     assert any(name in problem for problem in check_chunk(make(tmp_path), ChunkLayout(**{**layout_of().__dict__, name: value})))
 
 
+def test_a_chunk_of_another_configuration_is_named(tmp_path):
+    final = make(tmp_path)
+    assert check_chunk(final, layout_of(), config_hash='hash') == []
+    for deep in (True, False): assert check_chunk(final, layout_of(), deep, 'other') == ['belongs to another data set: its config_hash is hash, not other']
+    with h5py.File(final, 'r+') as file: del file.attrs['config_hash']
+    assert check_chunk(final, layout_of(), config_hash='other') == []
+
+
 def test_wrong_content_is_refused_and_nothing_is_written(tmp_path):
     with PartialChunk.create(tmp_path / 'x.partial', layout_of(), 'hash') as partial:
         before = partial.path.read_bytes()

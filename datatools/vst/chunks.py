@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'FILE_NAMING', 'COMPRESSIONS', 'CONTENT', 'CAUSES', 'ChunkLayout', 'damage_named', 'open_chunk',
-           'load_filters', 'PartialChunk', 'to_float16', 'check_chunk']
+           'load_filters', 'PartialChunk', 'to_float16', 'foreign_problem', 'check_chunk']
 
 # %% ../../nbs/vst/45_chunks.ipynb #469fabf6
 import json
@@ -413,11 +413,22 @@ def _sample_problem(file: h5py.File, row: int) -> str:  # '' where there is none
     try: return '' if isinstance(json.loads(text), dict) else 'its parameters are no JSON object'
     except ValueError: return 'its parameters are not valid JSON'
 
-# %% ../../nbs/vst/45_chunks.ipynb #28746b16
+# %% ../../nbs/vst/45_chunks.ipynb #04b2b657
+def foreign_problem(
+    file: h5py.File,   # an open chunk
+    config_hash: str,  # of the data set, None for any
+) -> str:              # '' where it belongs to it, or where either has no hash
+    "What tells that a chunk was made with another configuration."
+    found = str(file.attrs.get('config_hash', ''))
+    if not found or not config_hash or found == config_hash: return ''
+    return f'belongs to another data set: its config_hash is {found[:12]}, not {config_hash[:12]}'
+
+
 def check_chunk(
     path,                        # a final chunk
     layout: ChunkLayout = None,  # what it must be, None for any
     deep: bool = True,           # read every sample and compare its checksum
+    config_hash: str = None,     # hash of the configuration it must belong to, None for any
 ) -> list:                       # problems as text, empty for a sound file
     "Everything that is wrong with a final chunk."
     problems = []
@@ -425,6 +436,7 @@ def check_chunk(
         with open_chunk(path) as file:
             found = ChunkLayout.of(file)
             problems = _structure_problems(file, found)
+            if problem := foreign_problem(file, config_hash): problems.append(problem)
             if layout is not None: check_same_config(path, asdict(found), asdict(layout))
             load_filters(file)
             if 'done' in file and not file['done'][:].all(): problems.append(f'{(~file["done"][:]).sum()} samples are not done')
