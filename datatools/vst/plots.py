@@ -540,7 +540,7 @@ def plot_rejections(
     ax.set_title(f'{counts.sum():,} of {draws:,} draws were rejected ({counts.sum() / draws:.1%})', fontsize=10, loc='left')
     return ax
 
-# %% ../../nbs/vst/49_plots.ipynb #d4aff8a5
+# %% ../../nbs/vst/49_plots.ipynb #d3e0fc8d
 def _job_of(reader: ChunkedDatasetReader) -> Job:
     "The job that made a dataset, as far as its draws go"
     if reader.manifest is None: raise UsageError(f'{reader.path} has no manifest: the seed of its draws is not known')
@@ -556,8 +556,10 @@ def rejected_draws(
 ) -> np.ndarray:            # float32 (draws, numbers), their encoded patches
     "The patches that were drawn and rejected"
     if cause not in CAUSES: raise bad_value('cause', cause, CAUSES)
-    job, found, place, ids = _job_of(reader), [], 0, reader.sample_ids(np.arange(reader.total_samples))
-    for rejections, in _pieces(reader, ('rejections',)):
+    job, found, place = _job_of(reader), [], 0
+    pieces = list(_pieces(reader, ('rejections',)))  # read first: which samples can be read is known only then
+    ids = reader.sample_ids(np.arange(reader.total_samples))
+    for rejections, in pieces:
         alone = (rejections[:, CAUSES.index(cause)] == rejections.sum(1)) & (rejections.sum(1) > 0)
         for row in np.flatnonzero(alone):
             found += [_vector(job, draw(job, int(ids[place + row]), attempt).patch) for attempt in range(rejections[row].sum())]
