@@ -7,7 +7,7 @@ __all__ = ['PHRASES', 'HALF_MAXIMUM', 'BLOCK', 'HOPELESS', 'Job', 'chunk_path', 
            'write_phrases', 'Draw', 'draw', 'describe', 'judge', 'Sample', 'GivenUp', 'make_sample', 'render_block',
            'fit_notes', 'plan', 'generate', 'try_samples', 'estimate']
 
-# %% ../../nbs/vst/47_generate.ipynb #bc780aa2
+# %% ../../nbs/vst/47_generate.ipynb #702f7785
 import errno
 import json
 import math
@@ -32,7 +32,7 @@ from .chunks import CAUSES, FORMAT, VERSION, ChunkLayout, PartialChunk, check_ch
 from .config import GenerateConfig, chunk_sizes, content
 from .features import MelSpectrogram, integrated_loudness, peak
 from .host import load_instrument, read_notes
-from .isolation import ISOLATIONS, in_process, probe_instrument
+from .isolation import ISOLATIONS, KILLED, in_process, probe_instrument
 from .params import Note, ParamSpec, Patch, check_names, load_param_set
 
 # %% ../../nbs/vst/47_generate.ipynb #0cf54c4f
@@ -153,7 +153,7 @@ def judge(
     loudness = integrated_loudness(audio, config.sample_rate)
     return ('silent' if loudness < config.min_loudness else ''), loudness
 
-# %% ../../nbs/vst/47_generate.ipynb #1fdde8a3
+# %% ../../nbs/vst/47_generate.ipynb #a1b0e27a
 class Sample(NamedTuple):
     "A sample as it goes into a chunk."
     draw: Draw           # what is played
@@ -177,7 +177,7 @@ def make_sample(
     for attempt in range(job.config.max_attempts):
         drawn = draw(job, index, attempt)
         rendering = isolation.render(drawn.patch.parameters, drawn.notes)
-        if rendering.fault in ('crash', 'timeout'): rendering = isolation.render(drawn.patch.parameters, drawn.notes)
+        if rendering.fault in ('crash', 'timeout') or rendering.message == KILLED: rendering = isolation.render(drawn.patch.parameters, drawn.notes)
         if rendering.fault == 'error': raise DatatoolsError(f'sample {index} cannot be rendered: {rendering.message}')
         cause, loudness = (rendering.fault, math.nan) if rendering.fault else judge(rendering.audio, job.config)
         if not cause: return Sample(drawn, rendering.audio, loudness, attempt, rejections)
@@ -279,7 +279,7 @@ def plan(config: GenerateConfig) -> tuple:  # (`Job`, config for the manifest)
     decides = dict(content(config), parameters=spec.to_dict(), instrument=instrument, phrases=[[name, hash_file(path)] for name, path in files.items()])
     return Job(config, spec, len(files), config_hash(decides)), decides
 
-# %% ../../nbs/vst/47_generate.ipynb #356ce230
+# %% ../../nbs/vst/47_generate.ipynb #0f5dde3b
 def _unfinished(job: Job) -> list:  # numbers of chunks
     "The chunks that have no final file; those that have one are looked at, quickly."
     missing = []
@@ -287,7 +287,8 @@ def _unfinished(job: Job) -> list:  # numbers of chunks
         path = chunk_path(job.config, chunk)
         if not path.exists(): missing.append(chunk)
         elif problems := check_chunk(path, chunk_layout(job, chunk), deep=False, config_hash=job.hash):
-            raise FormatError(f'{path} cannot be kept: {problems[0]}. Remove it, and resume: its samples are rendered again.')
+            what = 'is of another data set' if problems[0].startswith('belongs to') else 'is damaged'
+            raise FormatError(f'{path} {what}: {problems[0]}. Remove it, and resume: its samples are rendered again.')
     return missing
 
 def _clean(config: GenerateConfig) -> None:
