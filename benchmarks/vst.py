@@ -1,6 +1,6 @@
 """The generator of synth data sets beside the plain design: the same plugins, patches and notes, one run, in turns.
 
-    python -m benchmarks.vst                      # everything: about 20 minutes
+    python -m benchmarks.vst                      # everything: about 25 minutes on an idle machine with two cores
     python -m benchmarks.vst --quick              # the same measures, small, in about five minutes
     python -m benchmarks.vst --only sample        # one of: sample parameters processing scaling kill faults reader compression
 
@@ -10,7 +10,8 @@ that published research scripts share. They keep one plugin loaded, set each par
 write float16 audio, float32 mel and parameters to uncompressed HDF5 with h5py; quiet patches are drawn again. Some render
 32 silent seconds and reset before and after all this, three times in all: that is `with flushes`. Ours renders each
 sample in a fork, writes it so that a kill loses nothing, and repacks finished chunks; all of that is counted. Stages of
-both are measured apart. **parameters**: setting 800 parameters, and loading. **processing**: loudness, mel spectrogram
+both are measured apart. Whether both designs give the same audio is said, too: the test synth has an oscillator that runs
+on from the moment of loading, which a reset takes back to the start and a fork does not, so there they differ. **parameters**: setting 800 parameters, and loading. **processing**: loudness, mel spectrogram
 and writing on rendered audio. **scaling**: processor time of a sample with 1, 2 and 4 workers. **kill**: SIGKILL of the
 program, or of one of its processes, at random moments: how many data sets end in the same bytes. **faults**: a plugin
 that crashes in 1 % and hangs in 1 % of the samples. **reader**: random samples against raw h5py on files that are open
@@ -32,7 +33,6 @@ import hashlib
 import json
 import multiprocessing
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -40,6 +40,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -348,7 +349,6 @@ def rendered(plugin_path, param_set, count):
 
 def _fill(job, path, sounds, spectra):
     "A partial chunk with these samples"
-    from dataclasses import replace
     layout = replace(chunk_layout(job, 0), samples=len(sounds))
     vector, note = job.spec.encode(draw(job, 0, 0).patch), draw(job, 0, 0).patch.note
     partial_path(path).unlink(missing_ok=True)

@@ -32,7 +32,8 @@ def sample(i, layout):
     rng = rng_for(7, i)
     return dict(audio=rng.uniform(-1, 1, (layout.channels, layout.frames)).astype(np.float32), mel=rng.uniform(-80, 0, layout.mel_shape).astype(np.float32),
                 param_array=rng.random(layout.param_count, np.float32), midi_note=int(rng.integers(128)), velocity=int(rng.integers(128)),
-                note_start_end=tuple(rng.random(2)), loudness=float(rng.uniform(-55, 0)), attempt=int(rng.integers(100)), rejections=rng.integers(100, size=5))
+                note_start_end=tuple(rng.random(2)), loudness=float(rng.uniform(-55, 0)), attempt=int(rng.integers(100)), rejections=rng.integers(100, size=5),
+                phrase=int(rng.integers(-1, 50)))
 
 
 def describe(vector, row): return json.dumps({'größe': float(vector[0]), 'row': row}, ensure_ascii=False)
@@ -144,7 +145,7 @@ def test_killed_between_any_two_system_calls_of_a_write(tmp_path, monkeypatch, r
     "Also in the middle of the data: the kernel takes the first half of a block, then the process dies"
     part, written = tmp_path / 'dataset_0002.h5.partial', os.pwrite
     PartialChunk.create(part, layout_of(), 'hash').close()
-    for call in range(1, SAMPLES * 10, 3):
+    for call in range(1, SAMPLES * (len(CONTENT) + 2), 3):
         left = [call]
 
         def dying(descriptor, data, offset):
@@ -186,7 +187,8 @@ def test_final_file_is_the_published_layout(tmp_path, compression):
         n = layout.samples
         assert {name: (file[name].dtype.name, file[name].shape) for name in CONTENT} == dict(
             audio=('float16', (n, 2, 300)), mel_spec=('float32', (n, 2, 128, 2)), param_array=('float32', (n, 4)), midi_notes=('int16', (n,)),
-            velocities=('int16', (n,)), note_start_end=('float64', (n, 2)), loudness=('float32', (n,)), attempt=('int32', (n,)), rejections=('uint16', (n, 5)))
+            velocities=('int16', (n,)), note_start_end=('float64', (n, 2)), loudness=('float32', (n,)), attempt=('int32', (n,)), rejections=('uint16', (n, 5)),
+            phrase=('int32', (n,)))
         assert file['done'].dtype == bool and file['done'][:].all() and file['audio'].chunks == (1, 2, 300)
         assert dict(file['audio'].attrs) == dict(velocity=100, signal_duration_seconds=300 / 8000, sample_rate=8000, min_loudness=-55)
         assert {name: file.attrs[name] for name in ('chunk_id', 'num_samples', 'sample_rate', 'duration_seconds', 'param_set')} == dict(
@@ -194,7 +196,7 @@ def test_final_file_is_the_published_layout(tmp_path, compression):
         for row in (0, 63, 64, 69):
             content = sample(row, layout)
             assert (file['audio'][row] == content['audio'].astype(np.float16)).all() and (file['mel_spec'][row] == content['mel']).all()
-            assert file['midi_notes'][row] == content['midi_note'] and file['loudness'][row] == np.float32(content['loudness'])
+            assert file['midi_notes'][row] == content['midi_note'] and file['phrase'][row] == content['phrase'] and file['loudness'][row] == np.float32(content['loudness'])
             assert file['parameters'].asstr()[row] == describe(content['param_array'], row)
 
 
@@ -279,6 +281,14 @@ def test_another_layout_is_refused_by_name(tmp_path, name, value):
     PartialChunk.create(tmp_path / 'x.partial', layout_of(), 'hash').close()
     with pytest.raises(MismatchError, match=name): PartialChunk.open(tmp_path / 'x.partial', ChunkLayout(**{**layout_of().__dict__, name: value}), 'hash')
     assert any(name in problem for problem in check_chunk(make(tmp_path), ChunkLayout(**{**layout_of().__dict__, name: value})))
+
+
+def test_a_chunk_of_another_configuration_is_named(tmp_path):
+    final = make(tmp_path)
+    assert check_chunk(final, layout_of(), config_hash='hash') == []
+    for deep in (True, False): assert check_chunk(final, layout_of(), deep, 'other') == ['belongs to another data set: its config_hash is hash, not other']
+    with h5py.File(final, 'r+') as file: del file.attrs['config_hash']
+    assert check_chunk(final, layout_of(), config_hash='other') == []
 
 
 def test_wrong_content_is_refused_and_nothing_is_written(tmp_path):

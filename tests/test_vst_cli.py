@@ -171,8 +171,8 @@ def test_from_a_plugin_to_a_data_set(test_plugin, config, tmp_path):
     assert 'parameter' in said and not (tmp_path/'set').exists()
 
 
-@pytest.mark.parametrize('choices, advice, other', [(dict(), 'fork', ['state', 'none']), (dict(leakage='Instance'), 'fork', ['state']), (dict(leakage='Process'), 'fork', []),
-                                                    (dict(nondeterministic='Clock'), '', []), (dict(nondeterministic='Address'), '', [])], ids=str)
+@pytest.mark.parametrize('choices, advice, other', [(dict(), 'fork', ['state', 'none']), (dict(leakage='Instance'), 'fork', ['state']), (dict(nondeterministic='Clock'), '', []),
+    *(pytest.param(*case, marks=pytest.mark.drill) for case in ((dict(leakage='Process'), 'fork', []), (dict(nondeterministic='Address'), '', [])))], ids=str)
 def test_which_isolation_a_plugin_needs(test_plugin, tmp_path, choices, advice, other):
     command('inspect-plugin', test_plugin, '-o', tmp_path/'mine.yaml')
     found = yaml.safe_load((tmp_path/'mine.yaml').read_text())
@@ -180,7 +180,7 @@ def test_which_isolation_a_plugin_needs(test_plugin, tmp_path, choices, advice, 
     for entry in found['parameters']:
         if entry['name'] in wanted: entry['weights'] = [int(value == wanted[entry['name']]) for value in entry['values']]
     (tmp_path/'mine.yaml').write_text(yaml.safe_dump(found))
-    arguments = ['isolation-check', test_plugin, '--param-set', tmp_path/'mine.yaml', '--seconds', '.5', '--sample-rate', '16000', '--pairs', '3']
+    arguments = ['isolation-check', test_plugin, '--param-set', tmp_path/'mine.yaml', '--seconds', '.5', '--sample-rate', '16000', '--pairs', '2']
     report = json.loads(command(*arguments, '--json'))
     assert report['advice'] == advice and report['same_in_two_processes'] == (not choices.get('nondeterministic'))
     if advice: assert [name for name in ('state', 'none') if not report['isolations'][name]['different']] == other

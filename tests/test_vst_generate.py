@@ -35,7 +35,7 @@ from datatools.vst.params import Categorical, ParamSpec, draft_spec, load_param_
 generating = import_module('datatools.vst.generate')
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = dict(sample_rate=16_000, duration_seconds=.5)
-BESIDES = {'manifest.json', 'throughput.jsonl', '.lock', '.chunks.lock'}
+BESIDES = {'manifest.json', 'phrases.json', 'throughput.jsonl', '.lock'}
 CHOICES = ['None', 'Segfault', 'Abort', 'Exit', 'Hang', 'NaN', 'Silence', 'Leak']  # of the test instrument's Misbehave
 CAUSE_OF = dict(Segfault='crash', Abort='crash', Exit='crash', Hang='timeout', NaN='not_finite', Silence='silent')
 
@@ -109,7 +109,7 @@ class Shuffled(Engine):
         return [(token, call(function, arguments))]
 
 
-@pytest.mark.parametrize('workers', [1, 3])
+@pytest.mark.parametrize('workers', [3, *(pytest.param(workers, marks=pytest.mark.drill) for workers in (1, 2, 8))])
 def test_workers_do_not_matter(reference, tmp_path, workers):
     summary = generate(config(tmp_path/'set', num_samples=20, samples_per_file=9, num_workers=workers))
     assert summary['complete'] and summary['rendered_now'] == 20
@@ -308,7 +308,7 @@ def drive(folder, timeout=120, plugin='', **job):
 FEW = dict(SHORT, num_samples=5, samples_per_file=3)
 
 
-def test_killed_at_any_step(quick): assert drive(quick, mode='kill', first=1, stride=17, config=FEW) > 10
+def test_killed_at_any_step(quick): assert drive(quick, mode='kill', first=3, stride=23, config=FEW) > 9
 
 
 @pytest.mark.drill
@@ -318,7 +318,7 @@ def test_killed_at_every_step(quick, settings): assert drive(quick, 1800, mode='
 
 def test_files_that_may_not_grow(quick):
     "No file may grow beyond a limit: an error, or death in the middle of a write; with room again the set is completed to the same bytes"
-    assert drive(quick, mode='full', limits=5, config=FEW) == 10
+    assert drive(quick, mode='full', limits=4, config=FEW) == 8
 
 
 @pytest.mark.drill
@@ -397,9 +397,9 @@ SOME = dict(num_samples=20, samples_per_file=9, num_workers=2)
 
 
 def test_the_parent_is_killed_again_and_again(run, quick, reference):
-    "Killed in the middle several times; what was done is never done again but for one sample of each worker"
+    "Killed in the middle, and again; what was done is never done again but for one sample of each worker"
     rng, renderings, kills = random.Random(4), 0, 0
-    for begun in (0, 1, 7, 4):
+    for begun in (0, 1, 7):
         before, killed = done_count(quick/'set'), run('--resume', **SOME)
         if begun: killed.rendered(begun)
         time.sleep(rng.random() * (.5 if begun == 0 else .02))
@@ -425,38 +425,31 @@ def test_a_worker_and_a_rendering_are_killed(run, quick, reference):
     assert summary['complete'] and not summary['rejections'] and chunks(quick/'set') == chunks(reference)
 
 
-def test_interrupted(run, quick, reference):
+def test_interrupted_and_two_at_once(run, quick, reference):
     going = run(**SOME)
-    going.rendered(5)
+    going.rendered(3)
+    going.process.send_signal(signal.SIGSTOP)
+    said = run('--resume', **SOME).end(code=1)
+    assert '.lock is held by process' in said and said.count('\n') == 1
     os.killpg(going.process.pid, signal.SIGINT)  # as the terminal does
+    going.process.send_signal(signal.SIGCONT)
     said = going.end(code=130)
     assert 'Interrupted. Every sample that was finished is safe' in said and '--resume' in said and 'Traceback' not in said
     safe = done_count(quick/'set')
-    assert 0 < safe < 20 and run('--resume', **SOME).end()['rendered_now'] == 20 - safe
-    assert chunks(quick/'set') == chunks(reference)
-
-
-def test_two_runs_in_one_directory(run, quick, reference):
-    first = run(**SOME)
-    first.rendered(1)
-    first.process.send_signal(signal.SIGSTOP)
-    said = run('--resume', **SOME).end(code=1)
-    assert '.lock is held by process' in said and said.count('\n') == 1
-    first.process.send_signal(signal.SIGCONT)
-    first.end()
+    assert 0 < safe <= 20 and run('--resume', **SOME).end()['rendered_now'] == 20 - safe
     assert chunks(quick/'set') == chunks(reference)
 
 
 @pytest.mark.drill
 @pytest.mark.parametrize('isolation', ['fork', 'state'])
-def test_the_parent_is_killed_every_20_milliseconds(run, quick, tmp_path, isolation):
+def test_the_parent_is_killed_every_100_milliseconds(run, quick, tmp_path, isolation):
     "At each moment of a whole run, from a fresh start each time"
     settings = dict(SOME, isolation=isolation)
     make(tmp_path/'reference', **{**settings, 'num_workers': 1})
     expected, begun = chunks(tmp_path/'reference'), time.monotonic()
     run(**settings).end()
     seconds = time.monotonic() - begun
-    for moment in np.arange(.3, seconds + .1, .02):
+    for moment in np.arange(.3, seconds + .1, .1):
         shutil.rmtree(quick/'set')
         killed = run(**settings)
         time.sleep(moment)
@@ -539,15 +532,16 @@ def test_what_a_plugin_leaks_goes_with_its_fork(test_plugin, drafted):
 
 @pytest.mark.parametrize('choice, cause', [('Segfault', 'crash'), ('NaN', 'not_finite'), ('Silence', 'silent'), ('Hang', 'timeout')])
 def test_nothing_but_failures(test_plugin, drafted, tmp_path, choice, cause):
-    settings = dict(num_samples=50, plugin_path=str(test_plugin), param_set=param_set(drafted, tmp_path, misbehave={choice: 1.}), max_attempts=3, timeout_seconds=.1)
-    with pytest.raises(DatatoolsError, match=f'The first 4 samples could not be made: of 12 draws, 12 {cause}'): make(tmp_path/'set', **settings)
+    settings = dict(num_samples=50, plugin_path=str(test_plugin), param_set=param_set(drafted, tmp_path, misbehave={choice: 1.}), max_attempts=2, timeout_seconds=.1)
+    with pytest.raises(DatatoolsError, match=f'The first 16 samples could not be made: of 32 draws, 32 {cause}'): make(tmp_path/'set', **settings)
+    assert not list((tmp_path/'set').glob('[!.]*')), 'a run that made nothing leaves nothing in the way of the next'
 
 
 def test_some_samples_are_given_up(test_plugin, drafted, tmp_path):
     "The others are there; more attempts complete the set, to the bytes of a run that had them from the start"
     settings = dict(num_samples=24, samples_per_file=8, plugin_path=str(test_plugin), param_set=param_set(drafted, tmp_path, misbehave=dict(Segfault=.3)))
     summary = make(tmp_path/'set', max_attempts=1, **settings)
-    assert not summary['complete'] and summary['rendered_now'] and summary['rendered_now'] + len(summary['given_up']) <= 24
+    assert not summary['complete'] and summary['rendered_now'] and summary['rendered_now'] + len(summary['given_up']) == 24
     assert {*map(str, summary['given_up'].values())} == {"{'crash': 1}", "{'silent': 1}"}
     again = make(tmp_path/'set', resume=True, **settings)
     assert again['complete'] and again['rendered_now'] == 24 - summary['rendered_now']
@@ -781,4 +775,4 @@ def test_midi_that_cannot_be_used(tmp_path):
     (tmp_path/'empty').mkdir()
     for name, said in {'late.mid': 'no note begins within the first 0.5 seconds', 'broken.mid': 'not a readable MIDI file', 'empty': 'There is no .mid file in it', 'none.mid': 'There is no such file'}.items():
         with pytest.raises(DatatoolsError, match=f'{name}.*{said}'): make(tmp_path/'set', num_samples=3, midi=str(tmp_path/name))
-    assert not (tmp_path/'set').exists()
+    assert not list((tmp_path/'set').glob('[!.]*'))

@@ -1,6 +1,7 @@
 "What can be wrong with a plugin has one clear error each; what is set on a plugin is heard."
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 
 from datatools.core import DatatoolsError, FormatError, UsageError
-from datatools.vst.host import PluginHost, load_instrument, plugin_fault
-from datatools.vst.isolation import ForkIsolation, NoIsolation, StateIsolation, probe_instrument
-from datatools.vst.params import Note
+from datatools.vst.host import PluginHost, load_instrument, parameter_facts, plugin_fault
+from datatools.vst.isolation import Fork, ForkIsolation, NoIsolation, StateIsolation, probe_instrument, try_isolation
+from datatools.vst.params import Categorical, Continuous, Note, NoteTimes, ParamSpec, Pitch
 
 NOTES = [Note(60, 100, .05, .3), Note(67, 90, .2, .45)]
 
@@ -75,7 +76,7 @@ def test_a_plugin_that_crashes_while_it_loads(plugin_variant):
 
 
 def test_a_plugin_that_hangs_while_it_loads(plugin_variant):
-    with pytest.raises(FormatError, match='this plugin cannot be used: stopped after 2.* seconds'): probe_instrument(plugin_variant('AT_LOAD=4'), timeout=2)
+    with pytest.raises(FormatError, match='this plugin cannot be used: stopped after 1.* seconds'): probe_instrument(plugin_variant('AT_LOAD=4'), timeout=1)
 
 
 def test_mono(plugin_variant):
@@ -129,6 +130,35 @@ def test_isolated(test_plugin, kind):
     assert np.array_equal(first, isolation.render(base, NOTES).audio)
     without = NoIsolation(PluginHost(test_plugin), .5, 16_000)
     assert not np.array_equal(without.render(base, NOTES).audio, without.render(base, NOTES).audio)
+
+
+def misbehaving(path, *choices):
+    "A parameter set of the test plugin that misbehaves in one of these ways"
+    names = ['None', 'Segfault', 'Abort', 'Exit', 'Hang', 'NaN', 'Silence', 'Leak']
+    ParamSpec('misbehaving', [Continuous('filter_cutoff', .5, 1.), Categorical('misbehave', choices, [names.index(choice) / 7 for choice in choices])], [Pitch(), NoteTimes(.5)]).to_yaml(path)
+    return str(path)
+
+
+def test_isolation_is_not_judged_by_silence(test_plugin, tmp_path):
+    with pytest.raises(DatatoolsError, match=r'20 are silent, 0 fail.*initialization_timeout, or choose another param_set'):
+        try_isolation(test_plugin, None, misbehaving(tmp_path/'silent.yaml', 'Silence'), 1, .5, 16_000)
+    with pytest.raises(DatatoolsError, match='20 patches in a row could not be rendered: the plugin was killed by SIGSEGV'):
+        try_isolation(test_plugin, None, misbehaving(tmp_path/'crashing.yaml', 'Segfault'), 1, .5, 16_000)
+    report = try_isolation(test_plugin, None, misbehaving(tmp_path/'both.yaml', 'None', 'Silence'), 2, .5, 16_000, 2, .1)
+    assert not report['failed'] and not report['isolations']['fork']['different']
+
+
+def test_a_rendering_that_the_system_killed_is_no_crash():
+    fork = Fork(1, 10)
+    rendering = fork.call(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    assert (rendering.fault, rendering.audio) == ('error', None) and 'use fewer workers' in rendering.message
+    assert fork.call(lambda: os.kill(os.getpid(), signal.SIGSEGV)).fault == 'crash'
+
+
+def test_midi_controllers_are_no_parameters(plugin_variant):
+    host = load_instrument(plugin_variant('UNPATCHED'))
+    facts = parameter_facts(host)
+    assert len(facts) == 44 and len(host.names) > 2000 and not any(entry['name'].startswith('midi_') for entry in facts)
 
 
 def test_a_script_without_a_guard_is_told(test_plugin, tmp_path):

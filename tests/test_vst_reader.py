@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from torch.utils.data import DataLoader
 
-from datatools.core import FormatError, Manifest, UsageError, rng_for
+from datatools.core import FormatError, Manifest, UsageError, config_hash, rng_for
 from datatools.vst import reader as reader_module
 from datatools.vst.chunks import COMPRESSIONS, FILE_NAMING, FORMAT, VERSION, ChunkLayout, PartialChunk
 from datatools.vst.reader import FIELDS, ChunkedDatasetReader, header_problem
@@ -27,19 +27,22 @@ def content(i):
     rng = rng_for(5, i)
     return dict(audio=rng.uniform(-1, 1, (2, FRAMES)).astype(np.float32), mel=rng.uniform(-80, 0, (2, 128, 3)).astype(np.float32),
                 param_array=rng.random(4, np.float32), midi_note=30 + i, velocity=100, note_start_end=(0.0, 0.1 + i), loudness=-1.0 - i, attempt=i % 3,
-                rejections=(i % 3, 0, 0, 0, 0))
+                rejections=(i % 3, 0, 0, 0, 0), phrase=i % 4 - 1)
+
+
+def config_of(total=TOTAL, naming=FILE_NAMING, **more): return dict(num_samples=total, samples_per_file=EACH, file_naming=naming, **more)
 
 
 def write_chunk(folder, chunk, total=TOTAL, each=EACH, compression='none', naming=FILE_NAMING):
     samples = min(each, total - chunk * each)
     layout = ChunkLayout(samples, 2, FRAMES, (2, 128, 3), 4, first=chunk * each, chunk=chunk, sample_rate=8000, duration_seconds=FRAMES / 8000, param_set='test')
-    partial = PartialChunk.create(folder / (naming.format(chunk=chunk) + '.partial'), layout, 'hash')
+    partial = PartialChunk.create(folder / (naming.format(chunk=chunk) + '.partial'), layout, config_hash(config_of(total, naming)))
     for row in range(samples): partial.write(row, **content(layout.first + row))
     return partial.finish(folder / naming.format(chunk=chunk), lambda vector, row: json.dumps({'größe': float(vector[0])}, ensure_ascii=False), compression)
 
 
 def write_manifest(folder, complete=True, total=TOTAL, naming=FILE_NAMING):
-    Manifest.create(folder, FORMAT, VERSION, dict(num_samples=total, samples_per_file=EACH, file_naming=naming)).update(complete=complete)
+    Manifest.create(folder, FORMAT, VERSION, config_of(total, naming)).update(complete=complete)
 
 
 @pytest.fixture(scope='module')
@@ -62,7 +65,7 @@ def check_sample(sample, i):
     assert sample['audio'].dtype == np.float16 and (sample['audio'] == wanted['audio'].astype(np.float16)).all()
     assert (sample['mel_spec'] == wanted['mel']).all() and (sample['param_array'] == wanted['param_array']).all()
     assert sample['parameters'] == {'größe': float(wanted['param_array'][0])}
-    for name in ('midi_note', 'velocity', 'loudness', 'attempt'): assert sample[name] == wanted[name]
+    for name in ('midi_note', 'velocity', 'loudness', 'attempt', 'phrase'): assert sample[name] == wanted[name]
     for name in ('note_start_end', 'rejections'): assert tuple(sample[name]) == wanted[name]
 
 
@@ -170,8 +173,81 @@ def test_nothing_finished_yet(copy):
 def test_a_chunk_that_does_not_belong_is_named(copy):
     shutil.copy(copy / 'dataset_0001.h5', copy / 'dataset_0003.h5')
     reader = ChunkedDatasetReader(copy)
-    with pytest.raises(FormatError, match='dataset_0003.h5: does not belong here: chunk is 1, not 3, first is 5, not 15'): reader[16]
+    for _ in range(2):
+        with pytest.raises(FormatError, match='dataset_0003.h5 is damaged: does not belong here: chunk is 1, not 3, first is 5, not 15.*samples are 15 … 19'): reader[16]
     assert 'does not belong' in reader.validate()['dataset_0003.h5'][0]
+
+
+def test_a_chunk_of_another_data_set_is_named_and_left_out(copy):
+    for chunk, left in ((3, [*range(15), 20, 21, 22]), (0, [*range(5, 15), 20, 21, 22])):
+        path = copy / FILE_NAMING.format(chunk=chunk)
+        with h5py.File(path, 'r+') as file: file.attrs['config_hash'] = 'another'
+        for deep in (True, False):
+            with ChunkedDatasetReader(copy) as reader:
+                assert reader.validate(deep=deep)[path.name] == [f'belongs to another data set: its config_hash is another, not {config_hash(config_of())[:12]}']
+                assert path.name in reader.get_dataset_info()['damaged'] and not reader.get_dataset_info()['complete']
+        with ChunkedDatasetReader(copy) as reader:
+            with pytest.raises(FormatError, match=f'{path.name} is damaged: belongs to another data set'): reader[chunk * EACH]
+            assert [sample['global_id'] for sample in reader] == left
+    (copy / 'manifest.json').unlink()
+    assert len(list(ChunkedDatasetReader(copy))) == TOTAL  # nobody can know of it
+
+
+def damage_metadata(path):
+    "The superblock stays whole, what follows does not"
+    content = path.read_bytes()
+    path.write_bytes(content[:60] + bytes(400) + content[460:])
+
+
+@pytest.mark.parametrize('manifest', [True, False])
+def test_chunks_with_damaged_metadata_are_left_out(copy, manifest):
+    for chunk in (0, 2): damage_metadata(copy / FILE_NAMING.format(chunk=chunk))
+    if not manifest: (copy / 'manifest.json').unlink()
+    left, gone = [*range(5, 10), *range(15, 23)], ['dataset_0000.h5', 'dataset_0002.h5']
+
+    def check(look):
+        with ChunkedDatasetReader(copy) as reader:
+            look(reader)
+            assert reader.get_dataset_info()['damaged'] == gone and reader.total_samples == len(left)
+            for i in left: check_sample(reader[i], i)
+            for i in (4, 10):
+                with pytest.raises(FormatError, match=f'{gone[i // 10]} is damaged: .*samples are {i // 5 * 5} … {i // 5 * 5 + 4}'): reader[i]
+            assert pickle.loads(pickle.dumps(reader)).total_samples == len(left)
+
+    def iterate(reader): assert [sample['global_id'] for sample in reader] == left
+    def chunk_by_chunk(reader): assert [file.attrs['chunk_id'] for file in reader.iterate_chunks()] == [1, 3, 4]
+
+    def draw(reader):
+        ids = [sample['global_id'] for sample in reader.get_random_samples(13, seed=3, fields=())]
+        assert sorted(ids) == left and ids == [sample['global_id'] for sample in reader.get_random_samples(13, seed=3, fields=())]
+
+    def batches(reader):
+        if manifest:
+            with pytest.raises(FormatError, match='dataset_0002.h5 is damaged'): list(reader.torch(fields='midi_note'))
+        reader.validate(deep=False)
+        assert [note for note, in reader.torch(fields='midi_note')] == [30 + i for i in left]
+    for look in (iterate, chunk_by_chunk, draw, batches): check(look)
+    assert [bool(problems) for problems in ChunkedDatasetReader(copy).validate().values()] == [True, False, True, False, False]
+
+
+def test_phrases_are_named(tmp_path):
+    write_chunk(tmp_path, 0)
+    assert ChunkedDatasetReader(tmp_path).phrases == []
+    for phrases in (['a.mid', 'b/a.mid'], [['a.mid', '0123'], ['b/a.mid', '4567']]):
+        Manifest.create(tmp_path, FORMAT, VERSION, config_of(phrases=phrases))
+        with pytest.raises(FormatError, match='belongs to another'): ChunkedDatasetReader(tmp_path)
+        with h5py.File(tmp_path / 'dataset_0000.h5', 'r+') as file: file.attrs['config_hash'] = config_hash(config_of(phrases=phrases))
+        with ChunkedDatasetReader(tmp_path) as reader:
+            assert reader.phrases == ['a.mid', 'b/a.mid'] and [reader[i]['phrase'] for i in range(4)] == [-1, 0, 1, 2]
+        (tmp_path / 'manifest.json').unlink()
+
+
+def test_info_says_how_it_was_made(tmp_path):
+    config = config_of(seed=7, isolation='fork', compression='gzip', instrument=dict(name='Synth', version='1.2', sha256=None))
+    write_chunk(tmp_path, 0)
+    Manifest.create(tmp_path, FORMAT, VERSION, config)
+    with h5py.File(tmp_path / 'dataset_0000.h5', 'r+') as file: file.attrs['config_hash'] = config_hash(config)
+    assert dict(seed=7, isolation='fork', compression='gzip', plugin='Synth 1.2').items() <= ChunkedDatasetReader(tmp_path).get_dataset_info().items()
 
 
 def test_bits_flipped_in_the_data_are_found_by_validate(copy):
@@ -294,8 +370,9 @@ def test_threads_share_a_reader(dataset):
     assert wrong == []
 
 
-def test_ten_thousand_chunks_open_quickly(dataset, tmp_path, monkeypatch):
-    for chunk in range(10_000): os.link(dataset / 'dataset_0001.h5', tmp_path / FILE_NAMING.format(chunk=chunk))
+def test_ten_thousand_chunks_open_quickly(tmp_path, monkeypatch):
+    first = write_chunk(tmp_path, 0, total=50_000)
+    for chunk in range(1, 10_000): os.link(first, tmp_path / FILE_NAMING.format(chunk=chunk))
     write_manifest(tmp_path, total=50_000)
     opened = []
     monkeypatch.setattr(reader_module, 'open_chunk', lambda path, real=reader_module.open_chunk: opened.append(path) or real(path))
@@ -314,6 +391,10 @@ def test_old_and_new_superblocks_say_where_they_end(tmp_path):
         assert header_problem(path) == ''
         os.truncate(path, path.stat().st_size - 1)
         assert 'cut short' in header_problem(path)
+        head = path.read_bytes()[:48]
+        for byte in (8, *range(10, 48)) if head[8] >= 2 else ():  # byte 9, the width of offsets, is left to HDF5
+            path.write_bytes(head[:byte] + bytes([head[byte] ^ 1]) + head[byte + 1:])
+            assert header_problem(path), f'byte {byte} of version {head[8]}'
 
 
 def test_fields(dataset):

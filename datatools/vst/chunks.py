@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'FILE_NAMING', 'COMPRESSIONS', 'CONTENT', 'CAUSES', 'ChunkLayout', 'damage_named', 'open_chunk',
-           'load_filters', 'PartialChunk', 'to_float16', 'check_chunk']
+           'load_filters', 'PartialChunk', 'to_float16', 'foreign_problem', 'check_chunk']
 
 # %% ../../nbs/vst/45_chunks.ipynb #469fabf6
 import json
@@ -21,14 +21,15 @@ from numba import njit
 
 from ..core import DatatoolsError, FormatError, atomic_write, bad_value, check_same_config, fsync_directory
 
-# %% ../../nbs/vst/45_chunks.ipynb #0368bbd5
+# %% ../../nbs/vst/45_chunks.ipynb #f1d5a508
 FORMAT, VERSION = 'datatools-vst', 1
 FILE_NAMING = 'dataset_{chunk:04d}.h5'
 COMPRESSIONS = ('none', 'lzf', 'gzip', 'blosc2')
-CONTENT = ('audio', 'mel_spec', 'param_array', 'midi_notes', 'velocities', 'note_start_end', 'loudness', 'attempt', 'rejections')  # order of the checksum
+CONTENT = ('audio', 'mel_spec', 'param_array', 'midi_notes', 'velocities', 'note_start_end', 'loudness', 'attempt', 'rejections',
+           'phrase')  # what a sample consists of, in the order of the checksum
 CAUSES = ('silent', 'clipped', 'not_finite', 'crash', 'timeout')  # why a patch was drawn again, the columns of `rejections`
 
-# %% ../../nbs/vst/45_chunks.ipynb #8312cb22
+# %% ../../nbs/vst/45_chunks.ipynb #dd09cc07
 @dataclass(frozen=True)
 class ChunkLayout:
     "The shapes and facts of one chunk file, known before anything is rendered."
@@ -62,7 +63,7 @@ class ChunkLayout:
         "The datasets, in the order in which a sample is written; `parameters` comes with the final file."
         return dict(audio=('<f2', (self.channels, self.frames)), mel_spec=('<f4', self.mel_shape), param_array=('<f4', (self.param_count,)),
                     midi_notes=('<i2', ()), velocities=('<i2', ()), note_start_end=('<f8', (2,)), loudness=('<f4', ()), attempt=('<i4', ()),
-                    rejections=('<u2', (len(CAUSES),)),
+                    rejections=('<u2', (len(CAUSES),)), phrase=('<i4', ()),
                     checksum=('<u4', ()), done=('?', ()))
 
 # %% ../../nbs/vst/45_chunks.ipynb #98714675
@@ -154,7 +155,7 @@ def _offsets(file: h5py.File, path, layout: ChunkLayout) -> dict:  # name -> byt
             raise FormatError(f'{path}: {name} is {dataset.dtype} {dataset.shape}, not the {dtype} {(layout.samples, *shape)} of a partial chunk')
     return offsets
 
-# %% ../../nbs/vst/45_chunks.ipynb #13b1ef30
+# %% ../../nbs/vst/45_chunks.ipynb #dfbf10c7
 class PartialChunk:
     "A chunk that is being rendered: samples are written in any order, and each is there once `write` returns."
     def __init__(self,
@@ -176,10 +177,6 @@ class PartialChunk:
             if self.done[row] and not self._intact(row):
                 self.done[row] = False
                 self._put('done', row, self.done[row:row + 1])
-
-    def __enter__(self): return self
-    def __exit__(self, *error): self.close()
-    def __repr__(self): return f'PartialChunk({self.path.name!r}, {self.done.sum()} of {self.layout.samples} samples)'
 
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
@@ -286,7 +283,7 @@ def to_float16(
     if not finite: raise bad_value('audio', float(np.abs(audio).max()), 'finite and below 65520 everywhere', 'Reject or clip the sample.')
     return audio
 
-# %% ../../nbs/vst/45_chunks.ipynb #4ff0436a
+# %% ../../nbs/vst/45_chunks.ipynb #afe58343
 @patch
 def write(self: PartialChunk,
     row: int,        # 0 … samples - 1
@@ -299,11 +296,12 @@ def write(self: PartialChunk,
     loudness: float, # LUFS
     attempt: int,    # patches drawn before this one, 0 for none
     rejections=(0, 0, 0, 0, 0),  # how many of those were rejected for which of `CAUSES`
+    phrase: int = -1,  # index of the MIDI file that is played, -1 for a single note
 ) -> None:
     "Write one sample; it counts as done when this returns, and survives a kill from then on."
     if not 0 <= row < self.layout.samples: raise bad_value('row', row, f'0 … {self.layout.samples - 1}')
     values = []
-    for name, value in zip(CONTENT, (to_float16(audio), mel, param_array, midi_note, velocity, note_start_end, loudness, attempt, rejections)):
+    for name, value in zip(CONTENT, (to_float16(audio), mel, param_array, midi_note, velocity, note_start_end, loudness, attempt, rejections, phrase)):
         dtype, shape, _ = self._types[name]
         value = np.asarray(value, dtype, order='C')
         if value.shape != shape: raise bad_value(f'{name}.shape', value.shape, str(shape))
@@ -415,11 +413,22 @@ def _sample_problem(file: h5py.File, row: int) -> str:  # '' where there is none
     try: return '' if isinstance(json.loads(text), dict) else 'its parameters are no JSON object'
     except ValueError: return 'its parameters are not valid JSON'
 
-# %% ../../nbs/vst/45_chunks.ipynb #28746b16
+# %% ../../nbs/vst/45_chunks.ipynb #04b2b657
+def foreign_problem(
+    file: h5py.File,   # an open chunk
+    config_hash: str,  # of the data set, None for any
+) -> str:              # '' where it belongs to it, or where either has no hash
+    "What tells that a chunk was made with another configuration."
+    found = str(file.attrs.get('config_hash', ''))
+    if not found or not config_hash or found == config_hash: return ''
+    return f'belongs to another data set: its config_hash is {found[:12]}, not {config_hash[:12]}'
+
+
 def check_chunk(
     path,                        # a final chunk
     layout: ChunkLayout = None,  # what it must be, None for any
     deep: bool = True,           # read every sample and compare its checksum
+    config_hash: str = None,     # hash of the configuration it must belong to, None for any
 ) -> list:                       # problems as text, empty for a sound file
     "Everything that is wrong with a final chunk."
     problems = []
@@ -427,6 +436,7 @@ def check_chunk(
         with open_chunk(path) as file:
             found = ChunkLayout.of(file)
             problems = _structure_problems(file, found)
+            if problem := foreign_problem(file, config_hash): problems.append(problem)
             if layout is not None: check_same_config(path, asdict(found), asdict(layout))
             load_filters(file)
             if 'done' in file and not file['done'][:].all(): problems.append(f'{(~file["done"][:]).sum()} samples are not done')

@@ -54,8 +54,8 @@ def _step(
 # %% ../../nbs/vst/39_kinds.ipynb #3d03445b
 class Parameter:
     "What is drawn, encoded and decoded; kinds differ in `draw`, `encode` and `decode`"
-    size: ClassVar[int] = 1       # numbers in the encoded vector
-    allowed: ClassVar[str] = ''   # a phrase for error messages
+    size: ClassVar[int] = 1      # numbers in the encoded vector
+    allowed: ClassVar[str] = ''  # the values it can have, a phrase for error messages
 
     def __post_init__(self):
         if problems := self.problems(): raise UsageError(f'{self.kind} {self.name!r}: ' + '; '.join(problems))
@@ -129,10 +129,14 @@ class Continuous(Parameter):
         self.__dict__.update(ends, _width=self.maximum - self.minimum)
 
     @property
-    def allowed(self) -> str:
+    def allowed(self) -> str:  # a phrase
+        "The values it can have"
         return f'a raw value from {self.minimum:g} to {self.maximum:g}' + (f', or {self.constant:g}' if self.constant_probability else '')
 
-    def draw(self, first: float, second: float) -> float:
+    def draw(self,
+        first: float,   # 0 to 1, less than 1
+        second: float,  # 0 to 1, less than 1
+    ) -> float:  # raw value, as float32 has it
         "`first` decides whether it is the constant, `second` where in the range it lies"
         if first < self.constant_probability: return self._constant
         return min(max(_float32(self.minimum + self._width * second), self._low), self._high)
@@ -142,8 +146,21 @@ class Continuous(Parameter):
         if self._low <= raw <= self._high or (self.constant_probability and raw == self._constant): return raw
         raise self._refused(value, encoded)
 
-    def encode(self, value) -> tuple: return (self._checked(value),)
-    def decode(self, vector) -> float: return self._checked(vector[0], 'encoded ')
+# %% ../../nbs/vst/39_kinds.ipynb #add1be05
+@patch
+def encode(self: Continuous,
+    value: float,  # raw value, 0 to 1
+) -> tuple:        # (raw value,)
+    "The raw value, if it can be drawn"
+    return (self._checked(value),)
+
+
+@patch
+def decode(self: Continuous,
+    vector,    # one number, 0 to 1
+) -> float:    # raw value
+    "The raw value, if it can be drawn"
+    return self._checked(vector[0], 'encoded ')
 
 # %% ../../nbs/vst/39_kinds.ipynb #2a3692eb
 @dataclass(frozen=True)
@@ -207,27 +224,36 @@ def _prepare(self: Categorical):
 
 
 @patch(as_prop=True)
-def size(self: Categorical) -> int: return len(self.values) if self.encoding == 'onehot' else 1
+def size(self: Categorical) -> int:
+    "Numbers in the encoded vector"
+    return len(self.values) if self.encoding == 'onehot' else 1
 
 
 @patch(as_prop=True)
-def encoded_names(self: Categorical) -> tuple:
+def encoded_names(self: Categorical) -> tuple:  # of str, `size` of them
+    "A name for each number in the encoded vector"
     return tuple(f'{self.name}={value}' for value in self.values) if self.encoding == 'onehot' else (self.name,)
 
 
 @patch(as_prop=True)
-def allowed(self: Categorical) -> str:
+def allowed(self: Categorical) -> str:  # a phrase
+    "The values it can have"
     return 'one of the raw values ' + ', '.join(f'{raw:g} ({value})' for raw, value in zip(self.raw_values, self.values))
 
 
 @patch
-def draw(self: Categorical, first: float, second: float) -> float:
+def draw(self: Categorical,
+    first: float,   # not used
+    second: float,  # 0 to 1, less than 1
+) -> float:         # raw value of a choice
     "`second` decides the choice"
     return self.raw_values[bisect_right(self._cumulated, second * self._cumulated[-1], 0, self._last)]
 
 # %% ../../nbs/vst/39_kinds.ipynb #4037c4e0
 @patch
-def encode(self: Categorical, value) -> tuple:
+def encode(self: Categorical,
+    value: float,  # raw value of a choice
+) -> tuple:        # `size` numbers, 0 to 1
     "The row of the choice that a raw value selects; exactly, or rounded to float32 as a plugin gives it back"
     row = self._rows.get(value) if type(value) is float else self._rows.get(_float32(value))
     if row is None: raise self._refused(value)
@@ -235,7 +261,9 @@ def encode(self: Categorical, value) -> tuple:
 
 
 @patch
-def decode(self: Categorical, vector) -> float:
+def decode(self: Categorical,
+    vector,  # `size` finite numbers; a scalar lies in 0 to 1
+) -> float:  # raw value of a choice
     "The raw value of the largest entry, or of the index nearest to a scalar"
     numbers_ = [float(number) for number in vector]
     if self.encoding == 'onehot':
@@ -265,23 +293,37 @@ class Integer(Parameter):
     def _prepare(self): self.__dict__['_steps'] = self.steps or self.maximum + 1
 
     @property
-    def allowed(self) -> str: return f'a raw value i / {self._steps - 1} with i from {self.minimum} to {self.maximum}'
+    def allowed(self) -> str:  # a phrase
+        "The values it can have"
+        return f'a raw value i / {self._steps - 1} with i from {self.minimum} to {self.maximum}'
 
-    def draw(self, first: float, second: float) -> float:
+    def draw(self,
+        first: float,   # not used
+        second: float,  # 0 to 1, less than 1
+    ) -> float:         # raw value of a position
         "`second` decides the position"
         return min(self.minimum + int(second * (self.maximum - self.minimum + 1)), self.maximum) / (self._steps - 1)
 
-    def encode(self, value) -> tuple:
-        raw = _float32(value)
-        if not (0 <= raw <= 1 and raw == _float32(self.decode((raw,)))): raise self._refused(value)
-        return (raw,)
+# %% ../../nbs/vst/39_kinds.ipynb #c1b24aed
+@patch
+def encode(self: Integer,
+    value: float,  # raw value of a position
+) -> tuple:        # (raw value,)
+    "The raw value, if it is one of a position that can be drawn"
+    raw = _float32(value)
+    if not (0 <= raw <= 1 and raw == _float32(self.decode((raw,)))): raise self._refused(value)
+    return (raw,)
 
-    def decode(self, vector) -> float:
-        "The position nearest to a number, as its raw value"
-        if not 0 <= vector[0] <= 1: raise self._refused(vector[0], 'encoded ')
-        position = _step(vector[0], self._steps)
-        if not self.minimum <= position <= self.maximum: raise self._refused(vector[0], 'encoded ')
-        return position / (self._steps - 1)
+
+@patch
+def decode(self: Integer,
+    vector,  # one number, 0 to 1
+) -> float:  # raw value of a position
+    "The position nearest to a number, as its raw value"
+    if not 0 <= vector[0] <= 1: raise self._refused(vector[0], 'encoded ')
+    position = _step(vector[0], self._steps)
+    if not self.minimum <= position <= self.maximum: raise self._refused(vector[0], 'encoded ')
+    return position / (self._steps - 1)
 
 # %% ../../nbs/vst/39_kinds.ipynb #9ac186dd
 @dataclass(frozen=True)
@@ -299,21 +341,32 @@ class Pitch(Parameter):
         return _ordered(self.minimum, self.maximum, self.lowest, 127, integer=True)
 
     @property
-    def allowed(self) -> str: return f'an integer from {self.minimum} to {self.maximum}'
+    def allowed(self) -> str:  # a phrase
+        "The values it can have"
+        return f'an integer from {self.minimum} to {self.maximum}'
 
-    def draw(self, first: float, second: float) -> int:
+    def draw(self,
+        first: float,   # not used
+        second: float,  # 0 to 1, less than 1
+    ) -> int:           # minimum to maximum
         "`second` decides the number"
         return min(self.minimum + int(second * (self.maximum - self.minimum + 1)), self.maximum)
 
-    def encode(self, value) -> tuple:
+    def encode(self,
+        value: int,  # minimum to maximum
+    ) -> tuple:      # one number, 0 to 1
+        "Its place between minimum and maximum"
         if _outside(self.name, value, self.minimum, self.maximum, integer=True): raise self._refused(value)
         return ((int(value) - self.minimum) / max(self.maximum - self.minimum, 1),)
 
-    def decode(self, vector) -> int:
+    def decode(self,
+        vector,  # one number, 0 to 1
+    ) -> int:    # minimum to maximum
+        "The whole number nearest to a place"
         if not 0 <= vector[0] <= 1: raise bad_value(f'encoded {self.name}', vector[0], 'a number from 0 to 1')
         return self.minimum + _step(vector[0], self.maximum - self.minimum + 1)
 
-
+# %% ../../nbs/vst/39_kinds.ipynb #7eed7029
 @dataclass(frozen=True)
 class Velocity(Pitch):
     "The note's velocity; a set without it leaves the velocity to whoever draws"
@@ -342,11 +395,15 @@ class NoteTimes(Parameter):
         return found or _outside('minimum_length', self.minimum_length, 0, self.maximum_seconds)
 
     @property
-    def allowed(self) -> str:
+    def allowed(self) -> str:  # a phrase
+        "The values it can have"
         return f'a start and an end from 0 to {self.maximum_seconds:g} s, the end {self.minimum_length:g} s or more after the start'
 
-    def draw(self, first: float, second: float) -> tuple:
-        "The earlier number decides the start, the later one the end"
+    def draw(self,
+        first: float,   # 0 to 1, less than 1
+        second: float,  # 0 to 1, less than 1
+    ) -> tuple:         # (start, end) in seconds
+        "The smaller number decides the start, the larger one the end"
         spare = self.maximum_seconds - self.minimum_length
         start, end = min(first, second) * spare, max(first, second) * spare + self.minimum_length
         return tuple(_float32(min(time / self.maximum_seconds, 1.0)) * self.maximum_seconds for time in (start, end))
@@ -355,12 +412,22 @@ class NoteTimes(Parameter):
         rounding = 1e-6 * self.maximum_seconds
         if not (0 <= start <= end <= self.maximum_seconds and end - start >= self.minimum_length - rounding): raise self._refused(shown, encoded)
 
-    def encode(self, value) -> tuple:
-        start, end = map(_number, value)
-        self._check(start, end, value)
-        return _float32(start / self.maximum_seconds), _float32(end / self.maximum_seconds)
+# %% ../../nbs/vst/39_kinds.ipynb #65e10de3
+@patch
+def encode(self: NoteTimes,
+    value,     # (start, end) in seconds
+) -> tuple:    # two numbers, 0 to 1
+    "The times as fractions of `maximum_seconds`"
+    start, end = map(_number, value)
+    self._check(start, end, value)
+    return _float32(start / self.maximum_seconds), _float32(end / self.maximum_seconds)
 
-    def decode(self, vector) -> tuple:
-        start, end = (float(fraction) * self.maximum_seconds for fraction in vector)
-        self._check(start, end, (start, end), 'decoded ')
-        return start, end
+
+@patch
+def decode(self: NoteTimes,
+    vector,    # two numbers, 0 to 1
+) -> tuple:    # (start, end) in seconds
+    "The times, if the note can be drawn"
+    start, end = (float(fraction) * self.maximum_seconds for fraction in vector)
+    self._check(start, end, (start, end), 'decoded ')
+    return start, end

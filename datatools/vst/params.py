@@ -21,8 +21,8 @@ import yaml
 from fastcore.basics import patch
 
 from ..core import FormatError, UsageError, atomic_write, bad_value, closest
-from datatools.vst.kinds import (_named, _outside, _shown, Categorical, Continuous, Integer, Note, NoteTimes, Parameter, Patch, Pitch,
-    Velocity)
+from .kinds import _named, _outside, _shown
+from .kinds import Categorical, Continuous, Integer, Note, NoteTimes, Parameter, Patch, Pitch, Velocity
 
 # %% ../../nbs/vst/40_params.ipynb #18cdf0c2
 NOTE_KINDS = {kind.kind: kind for kind in (Pitch, Velocity, NoteTimes)}
@@ -57,10 +57,16 @@ def _set_problems(
     return found or [f'parameters: two numbers of the vector have the name {name!r}' for name in _repeated(columns)]
 
 
-def _refuse(problems: list, source: str, error=UsageError) -> None:
+def _refuse(
+    problems: list,     # of str
+    source: str,        # what has them
+    error=UsageError,   # what is raised
+    most: int = None,   # how many are listed, None for all
+) -> None:
     "Raise one error that lists all problems"
     if not problems: return
-    raise error(f'{source}: {len(problems)} problem{"s" if len(problems) > 1 else ""}\n  ' + '\n  '.join(problems))
+    more = [f'and {len(problems) - most} more'] if most and len(problems) > most else []
+    raise error(f'{source}: {len(problems)} problem{"s" if len(problems) > 1 else ""}\n  ' + '\n  '.join(problems[:most] + more))
 
 # %% ../../nbs/vst/40_params.ipynb #aadbddb1
 @dataclass(frozen=True, repr=False)
@@ -102,7 +108,9 @@ class ParamSpec:
 
 # %% ../../nbs/vst/40_params.ipynb #89591757
 @patch(as_prop=True)
-def encoded_length(self: ParamSpec) -> int: return len(self.encoded_names)
+def encoded_length(self: ParamSpec) -> int:
+    "How many numbers the vector has"
+    return len(self.encoded_names)
 
 
 @patch
@@ -349,8 +357,11 @@ def check_names(
 ) -> None:
     "Refuse a set that names parameters which the plugin does not have"
     known = list(plugin_names)
-    missing = [name for name in spec.names if name not in set(known)]
-    _refuse([_unknown(name, known) for name in missing], f'Parameter set {spec.name!r} does not fit the plugin, which has {len(known)} parameters')
+    missing = sorted(set(spec.names) - set(known), key=spec.names.index)
+    if len(missing) > max(3, len(spec) / 4):
+        raise UsageError(f'Parameter set {spec.name!r} is for another plugin: {len(missing)} of its {len(spec)} parameters are missing, e.g. '
+                         f'{", ".join(map(repr, missing[:3]))}. Choose another param_set, or draft one with datatools vst inspect-plugin.')
+    _refuse([_unknown(name, known) for name in missing], f'Parameter set {spec.name!r} does not fit the plugin, which has {len(known)} parameters', most=20)
 
 # %% ../../nbs/vst/40_params.ipynb #716ee721
 MOST_CHOICES = 32  # a parameter with more named choices is drafted as an Integer

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['MOST', 'SOME', 'FOUND', 'CONSTANT', 'EXPECTED', 'CHANCE', 'STATES', 'spec_of', 'read_columns', 'Tally', 'tally',
            'plot_parameter', 'Deviation', 'deviation', 'deviations', 'plot_balance', 'plot_parameters', 'plot_notes',
-           'read_peaks', 'plot_levels', 'note_name', 'listen', 'mel_statistics', 'plot_mel_statistics',
+           'read_peaks', 'plot_levels', 'note_name', 'Page', 'listen', 'mel_statistics', 'plot_mel_statistics',
            'rank_correlations', 'plot_correlations', 'plot_rejections', 'rejected_draws', 'plot_rejected', 'Stretch',
            'read_throughput', 'plot_throughput', 'plot_chunks']
 
-# %% ../../nbs/vst/49_plots.ipynb #18de0bee
+# %% ../../nbs/vst/49_plots.ipynb #78afe6ef
 import base64
 import html
 import io
 import json
 import math
+import wave
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +33,7 @@ from .chunks import CAUSES, damage_named
 from .config import GenerateConfig, make_config
 from .features import _mel_to_hertz
 from .generate import Job, _vector, draw
-from .params import Note, ParamSpec
+from .params import ParamSpec
 from .reader import ChunkedDatasetReader
 
 # %% ../../nbs/vst/49_plots.ipynb #cd2f5927
@@ -182,7 +183,7 @@ def _cut_constant(ax, found: Tally, samples: int) -> None:
     ax.annotate(f'{number:,} at {place:g}\n(expected {expected:,.0f})', (place, top), (9 if beside else -9, -1), textcoords='offset points',
                 ha='left' if beside else 'right', va='top', fontsize=8, color=CONSTANT)
 
-# %% ../../nbs/vst/49_plots.ipynb #b2fc9d2d
+# %% ../../nbs/vst/49_plots.ipynb #9f197586
 _AXIS = dict(continuous='raw value', integer='position', pitch='MIDI note number', velocity='MIDI velocity')
 
 
@@ -193,7 +194,8 @@ def plot_parameter(
 ):                        # the Axes
     "Values of one parameter, and what its specification expects"
     ax, found, samples = _axes(ax, 4, 2.4), tally(parameter, encoded), len(encoded)
-    ax.set_title(parameter.name, fontsize=10, loc='left')
+    name = parameter.name if len(parameter.name) <= 32 else f'{parameter.name[:15]}…{parameter.name[-16:]}'
+    ax.set_title(name, fontsize=10 if len(name) <= 22 else 8, loc='left')
     ax.set_ylabel('samples')
     single = found.low == found.high
     span = (found.high.max() - found.low.min()) or 1.0
@@ -207,15 +209,17 @@ def plot_parameter(
     if not found.labels:
         ax.set_xlabel(_AXIS[parameter.kind])
         return ax
-    crowded = sum(map(len, found.labels)) > 24
-    ax.set_xticks(found.low, found.labels, rotation=30 * crowded, ha='right' if crowded else 'center', fontsize=8)
+    every, crowded = -(-len(found.labels) // 20), sum(map(len, found.labels)) > 24
+    steep = crowded and len(found.labels) > 6
+    ax.set_xticks(found.low[::every], [label[:18] for label in found.labels[::every]], fontsize=7 if steep else 8,
+                  rotation=90 if steep else 30 * crowded, ha='right' if crowded and not steep else 'center')
     return ax
 
-# %% ../../nbs/vst/49_plots.ipynb #3ca4f1f3
+# %% ../../nbs/vst/49_plots.ipynb #486baff5
 class Deviation(NamedTuple):
     "How far a parameter is from its specification"
     distance: float  # share of samples that are not where they were expected, 0 to 1
-    chance: float    # distance that draws without rejections exceed once in 1000 times
+    chance: float    # distance that draws without rejections exceed once in 100 times
 
 
 def _distance(found: Tally, shares: np.ndarray) -> np.ndarray:
@@ -244,7 +248,7 @@ def deviation(
     samples = found.count.sum() + found.strays
     drawn = rng_for(seed, 'deviation').multinomial(samples, found.probability / found.probability.sum(), 2000)
     distance = max(_distance(found, found.count / samples), found.strays / samples)
-    return Deviation(float(distance), float(np.quantile(_distance(found, drawn / samples), 0.999)))
+    return Deviation(float(distance), float(np.quantile(_distance(found, drawn / samples), 0.99)))
 
 
 def deviations(
@@ -262,10 +266,7 @@ def deviations(
     found = {name: deviation(each) for name, each in tallies.items()}
     return dict(sorted(found.items(), key=lambda entry: -entry[1].distance / max(entry[1].chance, 1e-12)))
 
-# %% ../../nbs/vst/49_plots.ipynb #31870007
-_ABOVE = dict(loc='lower right', bbox_to_anchor=(1, 1), fontsize=9, frameon=False)  # where a legend hides no bar
-
-
+# %% ../../nbs/vst/49_plots.ipynb #8b09c224
 def _ranked(ax, names, values, xlabel: str, colours):
     "Horizontal bars, the first on top"
     ax = _axes(ax, 8, 0.8 + 0.23 * len(names))
@@ -289,8 +290,8 @@ def plot_balance(
     ax = _ranked(ax, names, distances, 'distance from the specification (% of samples)', np.where(distances > chances, EXPECTED, FOUND))
     ax.plot(chances, range(len(names)), '|', color='black', markersize=10)
     marks = [Swatch(color=EXPECTED, label='more than chance'), Swatch(color=FOUND, label='no more than chance'),
-             plt.Line2D([], [], color='black', marker='|', linestyle='', markersize=10, label='99.9 % of draws stay below')]
-    ax.legend(handles=marks, ncols=3, **_ABOVE)
+             plt.Line2D([], [], color='black', marker='|', linestyle='', markersize=10, label='99 % of draws stay below')]
+    ax.legend(handles=marks, ncols=3, loc='lower right', bbox_to_anchor=(1, 1), fontsize=9, frameon=False)  # above, where it hides no bar
     return ax
 
 # %% ../../nbs/vst/49_plots.ipynb #f46b30ed
@@ -357,7 +358,7 @@ def read_peaks(
         found.append((float(bits.max().view(np.float16)), (bits >= _FULL_SCALE).mean()))
     return np.array(found)
 
-# %% ../../nbs/vst/49_plots.ipynb #b6fd70cc
+# %% ../../nbs/vst/49_plots.ipynb #1ca2df99
 def _histogram(ax, values, bins, title: str, xlabel: str) -> None:
     "A histogram with its title and labels"
     ax.hist(values, min(max(math.isqrt(len(values)), 8), 40) if bins is None else bins, color=FOUND, edgecolor='white', linewidth=0.5)
@@ -383,6 +384,7 @@ def plot_levels(
     share = f'clipping: {len(clipped) / len(peaks):.1%} of samples reach full scale'
     _histogram(axes[2], 100 * clipped, np.geomspace(99.9 * clipped.min(), 100.1 * clipped.max(), 12) if len(clipped) else 1, share, 'frames at or beyond full scale (%)')
     if len(clipped): axes[2].set_xscale('log')
+    else: axes[2].set(xticks=(), yticks=())
     most_draws = min(int(attempt.max()), 40)
     _histogram(axes[3], attempt.clip(max=most_draws) + 1, np.arange(0.5, most_draws + 2), f'draws: {(attempt == 0).mean():.1%} of samples needed one', 'draws until a sample was taken')
     return axes
@@ -411,7 +413,7 @@ def note_name(
     "Name of a MIDI note number"
     return f'{"C C# D D# E F F# G G# A A# B".split()[pitch % 12]}{pitch // 12 - 1}'
 
-# %% ../../nbs/vst/49_plots.ipynb #a9082337
+# %% ../../nbs/vst/49_plots.ipynb #622acff5
 def _mel_png(mel: np.ndarray, reader: ChunkedDatasetReader) -> str:  # data URI
     "A small picture of one mel spectrogram"
     figure, file = Figure(figsize=(3.3, 2), dpi=80, layout='constrained'), io.BytesIO()
@@ -424,10 +426,24 @@ def _mel_png(mel: np.ndarray, reader: ChunkedDatasetReader) -> str:  # data URI
 
 def _player(audio: np.ndarray, sample_rate: int, seconds: float) -> str:  # data URI
     "The start of a sound, mono and at no more than 22.05 kHz"
-    from IPython.display import Audio
     mono, divisor = audio[:, :round(seconds * sample_rate)].astype(np.float32).mean(0), max(1, math.ceil(sample_rate / 22_050))
     if divisor > 1: mono = resample_poly(mono, 1, divisor)
-    return Audio(mono, rate=sample_rate // divisor, normalize=bool(np.abs(mono).max())).src_attr()
+    full, file = np.rint(mono * (32_767 / max(np.abs(mono).max(), 1e-9))).astype('<i2'), io.BytesIO()
+    with wave.open(file, 'wb') as sound:
+        sound.setparams((1, 2, sample_rate // divisor, len(full), 'NONE', ''))
+        sound.writeframes(full.tobytes())
+    return 'data:audio/wav;base64,' + base64.b64encode(file.getvalue()).decode()
+
+
+class Page:
+    "HTML that a notebook shows"
+    def __init__(self,
+        data: str,  # the HTML
+    ):
+        self.data = data
+
+    def __repr__(self): return f'Page({len(self.data):,} characters of HTML)'
+    def _repr_html_(self): return self.data
 
 
 def listen(
@@ -435,9 +451,8 @@ def listen(
     ids = 6,                # global numbers, or how many to draw
     seed: int = 0,          # decides which are drawn
     seconds: float = 1.0,   # of each sound
-):                          # IPython HTML
+):                          # a `Page`
     "Mel spectrograms with a player below each"
-    from IPython.display import HTML
     wanted = ('audio', 'mel_spec', 'midi_note') + (('loudness',) if 'loudness' in reader.fields else ())
     samples = reader.get_random_samples(ids, seed, wanted) if isinstance(ids, int) else [reader.get_sample(i, wanted) for i in ids]
     cells = []
@@ -446,7 +461,7 @@ def listen(
         cells.append(f'<figure style="margin:0"><figcaption>{html.escape(caption)}</figcaption>'
                      f'<img alt="mel spectrogram of {html.escape(caption)}" src="{_mel_png(_mono(sample["mel_spec"]), reader)}" style="max-width:100%">'
                      f'<audio controls preload="none" style="width:100%" src="{_player(sample["audio"], sample["sample_rate"], seconds)}"></audio></figure>')
-    return HTML('<div style="display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:12px">' + ''.join(cells) + '</div>')
+    return Page('<div style="display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:12px">' + ''.join(cells) + '</div>')
 
 # %% ../../nbs/vst/49_plots.ipynb #f96e4df6
 def mel_statistics(
@@ -475,7 +490,7 @@ def plot_mel_statistics(
         ax.set_title(f'{title} of {len(_spread(reader, most))} mel spectrograms', fontsize=10, loc='left')
     return axes
 
-# %% ../../nbs/vst/49_plots.ipynb #3a0125c3
+# %% ../../nbs/vst/49_plots.ipynb #e6a0c3f2
 def rank_correlations(
     vectors: np.ndarray,  # (samples, numbers)
     target: np.ndarray,   # (samples,)
@@ -489,10 +504,10 @@ def rank_correlations(
 def _plot_effects(ax, names, values, chance: float, top: int, xlabel: str):
     "The largest effects, with the band in which chance alone leaves them"
     order = [k for k in np.argsort(-np.abs(np.nan_to_num(values)), kind='stable') if np.isfinite(values[k])][:top]
+    xlabel += '\n(grey: 95 % of what has no effect)'
     ax = _ranked(ax, [names[k] for k in order], values[order], xlabel, np.where(np.abs(values[order]) > chance, CONSTANT, FOUND))
-    ax.axvspan(-chance, chance, color=CHANCE, alpha=0.3, linewidth=0, label='95 % of what has no effect', zorder=0)
+    ax.axvspan(-chance, chance, color=CHANCE, alpha=0.3, linewidth=0, zorder=0)
     ax.axvline(0, color='black', linewidth=0.8)
-    ax.legend(**_ABOVE)
     return ax
 
 
@@ -510,12 +525,13 @@ def plot_correlations(
     vectors, values = read_columns(reader, 'param_array', target, most=most)
     return _plot_effects(ax, names, rank_correlations(vectors, values), 1.96 / math.sqrt(len(values)), top, f'rank correlation with {target}')
 
-# %% ../../nbs/vst/49_plots.ipynb #04a2d747
+# %% ../../nbs/vst/49_plots.ipynb #a8cdceb3
 def plot_rejections(
     reader: ChunkedDatasetReader,
     ax = None,  # None for new axes
 ):              # the Axes
     "How many draws were rejected, by cause"
+    if not reader.total_samples: raise UsageError(f'{reader.path}: there is no finished chunk to look at')
     counts = sum((piece.sum(0, dtype=np.int64) for piece, in _pieces(reader, ('rejections',))), np.zeros(len(CAUSES), np.int64))
     draws = counts.sum() + reader.total_samples
     ax = _ranked(ax, [cause.replace('_', ' ') for cause in CAUSES], counts, 'rejected draws', FOUND)
@@ -524,14 +540,13 @@ def plot_rejections(
     ax.set_title(f'{counts.sum():,} of {draws:,} draws were rejected ({counts.sum() / draws:.1%})', fontsize=10, loc='left')
     return ax
 
-# %% ../../nbs/vst/49_plots.ipynb #83210cdd
+# %% ../../nbs/vst/49_plots.ipynb #d3e0fc8d
 def _job_of(reader: ChunkedDatasetReader) -> Job:
     "The job that made a dataset, as far as its draws go"
     if reader.manifest is None: raise UsageError(f'{reader.path} has no manifest: the seed of its draws is not known')
     config = reader.manifest['config']
     known = {key: value for key, value in config.items() if key in GenerateConfig.__dataclass_fields__}
-    phrases = tuple((name, tuple(Note(*note) for note in notes)) for name, notes in config['phrases'])
-    return Job(make_config(dict(known, output_dir=str(reader.directory)), str(reader.path)), spec_of(reader), phrases)
+    return Job(make_config(dict(known, output_dir=str(reader.directory)), str(reader.path)), spec_of(reader), len(config['phrases']), reader.manifest['config_hash'])
 
 
 def rejected_draws(
@@ -541,8 +556,10 @@ def rejected_draws(
 ) -> np.ndarray:            # float32 (draws, numbers), their encoded patches
     "The patches that were drawn and rejected"
     if cause not in CAUSES: raise bad_value('cause', cause, CAUSES)
-    job, found, place, ids = _job_of(reader), [], 0, reader.sample_ids(np.arange(reader.total_samples))
-    for rejections, in _pieces(reader, ('rejections',)):
+    job, found, place = _job_of(reader), [], 0
+    pieces = list(_pieces(reader, ('rejections',)))  # read first: which samples can be read is known only then
+    ids = reader.sample_ids(np.arange(reader.total_samples))
+    for rejections, in pieces:
         alone = (rejections[:, CAUSES.index(cause)] == rejections.sum(1)) & (rejections.sum(1) > 0)
         for row in np.flatnonzero(alone):
             found += [_vector(job, draw(job, int(ids[place + row]), attempt).patch) for attempt in range(rejections[row].sum())]
@@ -550,7 +567,7 @@ def rejected_draws(
         place += len(rejections)
     return np.array(found, np.float32).reshape(-1, reader.layout.param_count)
 
-# %% ../../nbs/vst/49_plots.ipynb #57d5de0f
+# %% ../../nbs/vst/49_plots.ipynb #0bbf3aa0
 def plot_rejected(
     reader: ChunkedDatasetReader,
     cause: str = 'silent',  # one of CAUSES
@@ -564,8 +581,8 @@ def plot_rejected(
     ranks, names = rankdata(np.concatenate([rejected, accepted]), axis=0), spec_of(reader).encoded_names
     effect = 2 * (ranks[:len(rejected)].mean(0) - ranks[len(rejected):].mean(0)) / len(ranks)
     chance = 1.96 * math.sqrt((len(ranks) + 1) / (3 * len(rejected) * len(accepted)))
-    ax = _plot_effects(ax, names, effect, chance, top, 'rejected draws have smaller values (−1) … larger values (1)')
-    ax.set_title(f'{len(rejected):,} draws rejected as {cause.replace("_", " ")}, against {len(accepted):,} accepted', fontsize=10, loc='left')
+    ax = _plot_effects(ax, names, effect, chance, top, 'lower (−1) … higher (1) values when rejected')
+    ax.set_title(f'{len(rejected):,} rejected as {cause.replace("_", " ")}, {len(accepted):,} accepted', fontsize=10, loc='left')
     return ax
 
 # %% ../../nbs/vst/49_plots.ipynb #21ed57dc

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIELDS', 'ChunkEntry', 'header_problem', 'ChunkedDatasetReader', 'TorchSamples']
 
-# %% ../../nbs/vst/48_reader.ipynb #a778f41b
+# %% ../../nbs/vst/48_reader.ipynb #95d7d5dd
 import html
 import json
 import math
@@ -20,9 +20,9 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core import FormatError, Manifest, UsageError, bad_value, human_bytes, progress, rng_for
-from .chunks import FORMAT, VERSION, ChunkLayout, check_chunk, damage_named, load_filters, open_chunk
+from .chunks import FORMAT, VERSION, ChunkLayout, check_chunk, damage_named, foreign_problem, load_filters, open_chunk
 
-# %% ../../nbs/vst/48_reader.ipynb #5018af63
+# %% ../../nbs/vst/48_reader.ipynb #ae1085fa
 class ChunkEntry(NamedTuple):
     "One chunk of a dataset, there or not."
     number: int   # chunk id
@@ -34,16 +34,33 @@ class ChunkEntry(NamedTuple):
     problem: str  # why it is damaged, otherwise ''
 
 
+def _rotated(value: int, bits: int) -> int: return (value << bits | value >> (32 - bits)) & 0xFFFFFFFF
+
+
+def _lookup3(data: bytes) -> int:  # 32 bits
+    "The checksum that HDF5 gives its metadata"
+    a = b = c = (0xDEADBEEF + len(data)) & 0xFFFFFFFF
+    while data:
+        a, b, c = ((word + int.from_bytes(data[k:k + 4], 'little')) & 0xFFFFFFFF for k, word in ((0, a), (4, b), (8, c)))
+        data, last = data[12:], len(data) <= 12
+        if last:
+            for bits in (14, 11, 25, 16, 4, 14, 24): a, b, c = b, ((c ^ b) - _rotated(b, bits)) & 0xFFFFFFFF, a
+            return b
+        for bits in (4, 6, 8, 16, 19, 4): a, b, c = b, (c + b) & 0xFFFFFFFF, ((a - c) & 0xFFFFFFFF) ^ _rotated(c, bits)
+    return c
+
+
 def header_problem(
     path,   # an HDF5 file
 ) -> str:   # '' where nothing is wrong
-    "What the first bytes of a file give away: not HDF5, or cut short."
+    "What the first bytes of a file give away: not HDF5, damaged, or cut short."
     try:
         with open(path, 'rb') as file: head, size = file.read(56), os.fstat(file.fileno()).st_size
     except OSError as error: return f'cannot be opened: {error.strerror}'
     if len(head) < 48 or not head.startswith(b'\x89HDF\r\n\x1a\n'): return 'not an HDF5 file'
     version = head[8]
     if head[9 if version >= 2 else 13] != 8: return ''  # offsets of another width than 8 bytes: left to HDF5
+    if version >= 2 and _lookup3(head[:44]) != int.from_bytes(head[44:48], 'little'): return 'its first bytes are damaged'
     begin = {0: 40, 1: 44}.get(version, 28)
     end = int.from_bytes(head[begin:begin + 8], 'little')
     return f'cut short: {size} of {end} bytes' if size < end else ''
@@ -119,7 +136,7 @@ def _dataset_entries(path: Path) -> tuple:  # (directory, entries, fields of the
     if not found: raise bad_value('path', str(path), 'a directory with files named dataset_0000.h5, dataset_0001.h5, …')
     return path, _found_entries(path, found), None
 
-# %% ../../nbs/vst/48_reader.ipynb #4e65ecba
+# %% ../../nbs/vst/48_reader.ipynb #da1531fb
 class _Rows:
     "Rows of one dataset of an open chunk"
     def __init__(self, dataset: h5py.Dataset, descriptor: int):
@@ -128,6 +145,7 @@ class _Rows:
         self.size, self.origin = self.dtype.itemsize * math.prod(self.shape), (0,) * len(self.shape)
         in_place = self.begin is not None or (dataset.chunks == (1, *self.shape) and not dataset.id.get_create_plist().get_nfilters())
         self.direct = in_place and not self.dtype.hasobject and not dataset.file.userblock_size and hasattr(os, 'preadv')
+        if dataset.chunks and len(dataset): self.identifier.get_chunk_info_by_coord((0, *self.origin))  # a damaged index shows now
 
     def __getitem__(self, row: int):
         if not self.direct: return self.dataset[row]
@@ -138,40 +156,68 @@ class _Rows:
         if os.preadv(self.descriptor, [values], begin) != self.size: raise FormatError(f'{self.dataset.file.filename}: {self.dataset.name} ends before row {row}')
         return values
 
-# %% ../../nbs/vst/48_reader.ipynb #ea6e4738
+# %% ../../nbs/vst/48_reader.ipynb #8d375536
 _ARRAYS = ('audio', 'mel_spec', 'param_array')
 _NUMBERS = dict(midi_note='midi_notes', velocity='velocities', loudness='loudness', note_start_end='note_start_end', attempt='attempt',
-                rejections='rejections')
+                rejections='rejections', phrase='phrase')
 FIELDS = (*_ARRAYS, 'parameters', *_NUMBERS)  # what a sample can hold besides global_id, chunk_id and sample_rate
 
 
 class _OpenChunk:
     "A chunk file of this process, and the datasets in it"
-    def __init__(self, path, entry: ChunkEntry, layout: ChunkLayout):
+    def __init__(self, path, entry: ChunkEntry, layout: ChunkLayout, fields: tuple, config_hash: str | None):
         self.path, self.columns = path, {}
         with damage_named(path):
             self.file = h5py.File(path, 'r', rdcc_nbytes=2 * max(2 * layout.channels * layout.frames, 4 * math.prod(layout.mel_shape)))
-            self._check(entry, layout)
+            self._check(entry, layout, config_hash)
             load_filters(self.file)
             descriptor = self.file.id.get_vfd_handle()
             self.rows = {name: _Rows(self.file[name], descriptor) for name in (*_ARRAYS, 'parameters')}
+            self.numbers = {field: self.file[_NUMBERS[field]] for field in fields if field in _NUMBERS}
 
-    def _check(self, entry: ChunkEntry, layout: ChunkLayout) -> None:
+    def _check(self, entry: ChunkEntry, layout: ChunkLayout, config_hash: str | None) -> None:
         "Is it the file that the list of chunks and the first chunk of the dataset promise?"
         found, own = ChunkLayout.of(self.file), self.file.attrs.get('format') == FORMAT
         names = ['channels', 'frames', 'mel_shape', 'param_count', 'sample_rate', 'param_set']
         wanted = {name: getattr(layout, name) for name in names} | dict(samples=entry.samples) | (dict(chunk=entry.number, first=entry.first) if own else {})
         wrong = [f'{name} is {getattr(found, name)!r}, not {value!r}' for name, value in wanted.items() if getattr(found, name) != value]
         if wrong: raise FormatError(f'{self.path}: does not belong here: {", ".join(wrong)}')
+        if problem := foreign_problem(self.file, config_hash): raise FormatError(f'{self.path}: {problem}')
 
-    def read(self, field: str, row: int):
+    def read(self,
+        field: str,  # one of FIELDS
+        row: int,    # of this file
+    ):               # array, number or dict
         "One field of one sample"
         if field in self.rows: return json.loads(self.rows[field][row]) if field == 'parameters' else self.rows[field][row]
-        if field not in self.columns: self.columns[field] = self.file[_NUMBERS[field]][:]
+        if field not in self.columns: self.columns[field] = self.numbers[field][:]
         value = self.columns[field][row]
         return value.copy() if value.ndim else value.item()
 
-# %% ../../nbs/vst/48_reader.ipynb #b5b1b8f2
+# %% ../../nbs/vst/48_reader.ipynb #8c03b120
+class _Readable(NamedTuple):
+    "The chunks that can be read, and the numbers of their samples"
+    entries: list       # of `ChunkEntry`
+    ends: np.ndarray    # int64, samples up to the end of each
+    shifts: np.ndarray  # int64, what a sample's global number has more than its place among those that can be read
+
+    @classmethod
+    def of(cls, chunks: list):
+        "Those of a list of chunks that are whole, as far as it is known"
+        entries = [entry for entry in chunks if entry.state == 'ok']
+        firsts, sizes = (np.array([getattr(entry, name) for entry in entries], np.int64) for name in ('first', 'samples'))
+        ends = np.cumsum(sizes)
+        return cls(entries, ends, firsts - (ends - sizes))
+
+    @property
+    def total(self) -> int: return int(self.ends[-1]) if len(self.ends) else 0
+
+    def ids(self, positions) -> np.ndarray:  # int64
+        "Global numbers of the k-th samples that can be read"
+        positions = np.asarray(positions, np.int64)
+        return positions + self.shifts[np.searchsorted(self.ends, positions, side='right')]
+
+# %% ../../nbs/vst/48_reader.ipynb #a8b12023
 class ChunkedDatasetReader:
     "A dataset of chunk files: samples by number, at random, chunk by chunk, or as torch batches."
     def __init__(self,
@@ -181,22 +227,31 @@ class ChunkedDatasetReader:
         if isinstance(handles, bool) or not isinstance(handles, int) or handles < 1: raise bad_value('handles', handles, 'an integer >= 1')
         self.path, self.handles = Path(path), handles
         self.directory, self.chunks, self.manifest = _dataset_entries(self.path)
-        self._readable = [entry for entry in self.chunks if entry.state == 'ok']
-        self._ends = np.cumsum([entry.samples for entry in self._readable], dtype=np.int64)
         self.layout, self.fields = self._first_layout()
+        self._readable = _Readable.of(self.chunks)
         self._process, self._open = None, None
 
     def __len__(self) -> int: return self.chunks[-1].first + self.chunks[-1].samples
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
-    def __repr__(self): return f'ChunkedDatasetReader({self.path.name!r}, {self.total_samples} samples in {len(self._readable)} of {len(self.chunks)} chunks)'
+    def __repr__(self): return f'ChunkedDatasetReader({self.path.name!r}, {self.total_samples} samples in {len(self._readable.entries)} of {len(self.chunks)} chunks)'
 
     @property
     def total_samples(self) -> int:
         "Samples that can be read; `len` also counts those of chunks that are missing, partial or damaged."
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._readable.total
 
-# %% ../../nbs/vst/48_reader.ipynb #387c3d52
+    @property
+    def phrases(self) -> list:
+        "Names of the MIDI files that are played, by the number that the field `phrase` has; empty where single notes are."
+        return [phrase if isinstance(phrase, str) else phrase[0] for phrase in self._config.get('phrases', ())]
+
+    @property
+    def _config(self) -> dict: return self.manifest['config'] if self.manifest else {}
+    @property
+    def _config_hash(self) -> str | None: return self.manifest['config_hash'] if self.manifest else None
+
+# %% ../../nbs/vst/48_reader.ipynb #92345b50
 @patch
 def _first_layout(self: ChunkedDatasetReader) -> tuple:  # (layout, fields of a sample)
     "Shapes and fields of the dataset, from the first chunk that opens"
@@ -205,27 +260,43 @@ def _first_layout(self: ChunkedDatasetReader) -> tuple:  # (layout, fields of a 
         if entry.state not in ('ok', 'partial'): continue
         try:
             with open_chunk(self.directory/entry.name) as file:
+                if problem := foreign_problem(file, self._config_hash): raise FormatError(f'{self.directory/entry.name}: {problem}')
                 return ChunkLayout.of(file), tuple(field for field in FIELDS if _NUMBERS.get(field, field) in file)
-        except FormatError as error: reasons.append(str(error))
+        except FormatError as error:
+            reasons.append(str(error))
+            if entry.state == 'ok': self._mark_damaged(entry.number, error)
     raise FormatError(f'{self.path}: no chunk can be read. {reasons[0] if reasons else "There is no file yet."}')
 
-# %% ../../nbs/vst/48_reader.ipynb #bf2b35fa
-def _open_chunk(directory: Path, chunks: list, layout: ChunkLayout, number: int) -> _OpenChunk:
+
+@patch
+def _mark_damaged(self: ChunkedDatasetReader, number: int, error: FormatError) -> None:
+    "Leave out a chunk that cannot be opened, from now on"
+    entry = self.chunks[number]
+    self.chunks[number] = entry._replace(state='damaged', problem=str(error).removeprefix(f'{self.directory/entry.name}: '))
+    self._readable = _Readable.of(self.chunks)
+
+# %% ../../nbs/vst/48_reader.ipynb #62116ff6
+def _open_chunk(directory: Path, chunks: list, layout: ChunkLayout, fields: tuple, config_hash: str | None, number: int) -> _OpenChunk:
     "Open a chunk that is there; any other is named"
     entry = chunks[number]
     if entry.state != 'ok':
         what = dict(missing='is missing', partial='is still partial: resume the generator', damaged=f'is damaged: {entry.problem}')[entry.state]
         raise FormatError(f'{directory}: {entry.name} {what}. Its samples are {entry.first} … {entry.first + entry.samples - 1}.')
-    return _OpenChunk(directory/entry.name, entry, layout)
+    return _OpenChunk(directory/entry.name, entry, layout, fields, config_hash)
 
 
 @patch
 def _chunk(self: ChunkedDatasetReader, number: int) -> _OpenChunk:
-    "The open file of a chunk, opened by this very process"
+    "The open file of a chunk, opened by this very process; a chunk that cannot be opened is left out from now on"
     if self._process != os.getpid():
         self.close()
-        self._process, self._open = os.getpid(), lru_cache(self.handles)(partial(_open_chunk, self.directory, self.chunks, self.layout))
-    return self._open(number)
+        opening = partial(_open_chunk, self.directory, self.chunks, self.layout, self.fields, self._config_hash)
+        self._process, self._open = os.getpid(), lru_cache(self.handles)(opening)
+    try: return self._open(number)
+    except FormatError as error:
+        if self.chunks[number].state != 'ok': raise
+        self._mark_damaged(number, error)
+        return self._open(number)  # which says what a chunk that is known to be damaged says
 
 
 @patch
@@ -272,7 +343,7 @@ def get_sample(self: ChunkedDatasetReader,
     sample['sample_rate'] = self.layout.sample_rate
     return sample
 
-# %% ../../nbs/vst/48_reader.ipynb #f761ac97
+# %% ../../nbs/vst/48_reader.ipynb #7f7b769b
 @patch
 def __getitem__(self: ChunkedDatasetReader, i):
     if isinstance(i, slice): return [self.get_sample(k) for k in range(*i.indices(len(self)))]
@@ -282,18 +353,18 @@ def __getitem__(self: ChunkedDatasetReader, i):
 @patch
 def __iter__(self: ChunkedDatasetReader):
     "The samples that can be read, in order"
-    for entry in self._readable: yield from (self.get_sample(entry.first + row) for row in range(entry.samples))
+    for entry in self._readable.entries:
+        try: self._chunk(entry.number)
+        except FormatError: continue  # its name and what is wrong are in `chunks` and `get_dataset_info` now
+        yield from (self.get_sample(entry.first + row) for row in range(entry.samples))
 
-# %% ../../nbs/vst/48_reader.ipynb #778dbdf1
+# %% ../../nbs/vst/48_reader.ipynb #18726760
 @patch
 def sample_ids(self: ChunkedDatasetReader,
     positions,      # integers 0 … total_samples - 1
 ) -> np.ndarray:    # int64, their global numbers
     "Global numbers of the k-th samples that can be read; the same as `positions` in a complete dataset."
-    positions = np.asarray(positions, np.int64)
-    place = np.searchsorted(self._ends, positions, side='right')
-    firsts, sizes = (np.array([getattr(entry, name) for entry in self._readable], np.int64) for name in ('first', 'samples'))
-    return firsts[place] + positions - (self._ends[place] - sizes[place])
+    return self._readable.ids(positions)
 
 
 @patch
@@ -310,32 +381,46 @@ def get_random_samples(self: ChunkedDatasetReader,
     seed: int = None,  # the same seed draws the same samples; None draws anew each time
     fields = None,     # names of FIELDS to read, None for all
 ) -> list:             # dicts, as from `get_sample`
-    "Samples drawn uniformly from the whole dataset."
+    "Samples drawn uniformly from all that can be read, none twice; if `n` is larger than `total_samples`, with repetitions."
     if isinstance(n, bool) or not hasattr(n, '__index__') or n < 0: raise bad_value('n', n, 'an integer >= 0')
-    if n and not self.total_samples: raise UsageError(f'{self.path}: there is no finished chunk to draw from')
-    rng = np.random.default_rng() if seed is None else rng_for(seed, 'random samples')
-    drawn = rng.choice(self.total_samples, n, replace=n > self.total_samples) if n else []
-    return self._get_samples(self.sample_ids(drawn), fields)
+    while True:
+        readable = self._readable
+        if n and not readable.total: raise UsageError(f'{self.path}: there is no finished chunk to draw from')
+        rng = np.random.default_rng() if seed is None else rng_for(seed, 'random samples')
+        drawn = rng.choice(readable.total, n, replace=n > readable.total) if n else []
+        try: return self._get_samples(readable.ids(drawn), fields)
+        except FormatError:
+            if self._readable is readable: raise  # no chunk was left out: it is the sample that cannot be read
 
-# %% ../../nbs/vst/48_reader.ipynb #f0ee26ba
+# %% ../../nbs/vst/48_reader.ipynb #6668bc57
 @patch
 def iterate_chunks(self: ChunkedDatasetReader):
     "The chunks that are whole, one open `h5py.File` at a time."
-    for entry in self._readable:
-        with open_chunk(self.directory/entry.name) as file:
-            load_filters(file)
-            yield file
+    for entry in self._readable.entries:
+        chunk = self._look_into(entry.number)
+        if chunk is None: continue
+        with chunk.file as file: yield file
 
-# %% ../../nbs/vst/48_reader.ipynb #a75d7efc
+
+@patch
+def _look_into(self: ChunkedDatasetReader, number: int) -> _OpenChunk | None:
+    "A chunk in a file handle of its own; None, and left out from now on, where it cannot be opened"
+    entry = self.chunks[number]
+    try: return _OpenChunk(self.directory/entry.name, entry, self.layout, self.fields, self._config_hash)
+    except FormatError as error: self._mark_damaged(number, error)
+
+# %% ../../nbs/vst/48_reader.ipynb #d4fc8953
 @patch
 def get_dataset_info(self: ChunkedDatasetReader) -> dict:
-    "Size, shapes and state of the dataset; chunks that cannot be read by name."
+    "Size, shapes and state of the dataset, as far as it is known without opening each chunk; those that cannot be read by name."
     layout, named = self.layout, {state: [entry.name for entry in self.chunks if entry.state == state] for state in ('missing', 'partial', 'damaged')}
     whole = not any(named.values()) and (self.manifest is None or self.manifest['complete'])
-    return dict(path=str(self.path), total_samples=self.total_samples, num_chunks=len(self._readable), expected_samples=len(self), expected_chunks=len(self.chunks),
+    made = {name: self._config[name] for name in ('seed', 'isolation', 'compression') if name in self._config}
+    if instrument := self._config.get('instrument'): made['plugin'] = f'{instrument["name"]} {instrument["version"]}'.strip()
+    return dict(path=str(self.path), total_samples=self.total_samples, num_chunks=len(self._readable.entries), expected_samples=len(self), expected_chunks=len(self.chunks),
                 complete=whole, samples_per_file=self.chunks[0].samples, sample_rate=layout.sample_rate, duration_seconds=layout.duration_seconds,
                 channels=layout.channels, frames=layout.frames, mel_shape=layout.mel_shape, param_set=layout.param_set, num_params=layout.param_count,
-                velocity=layout.velocity, min_loudness=layout.min_loudness, **named, total_bytes=sum(entry.bytes for entry in self.chunks))
+                velocity=layout.velocity, min_loudness=layout.min_loudness, **made, **named, total_bytes=sum(entry.bytes for entry in self.chunks))
 
 
 @patch
@@ -348,7 +433,7 @@ def _repr_html_(self: ChunkedDatasetReader) -> str:
                    for key, value in info.items())
     return f'<table><caption>{html.escape(self.path.name)}</caption>{rows}</table>'
 
-# %% ../../nbs/vst/48_reader.ipynb #beeea032
+# %% ../../nbs/vst/48_reader.ipynb #24109cd1
 @patch
 def validate(self: ChunkedDatasetReader,
     deep: bool = True,    # read every sample and compare its checksum
@@ -359,14 +444,14 @@ def validate(self: ChunkedDatasetReader,
     for entry in progress(self.chunks, desc='validate', show=show, unit='chunk'):
         if entry.state in ('missing', 'partial'): problems = [f'is {entry.state}']
         else:
-            problems = [entry.problem] if entry.problem else check_chunk(self.directory/entry.name, deep=deep)
-            if not problems:
-                try: _OpenChunk(self.directory/entry.name, entry, self.layout)
-                except (OSError, FormatError) as error: problems = [str(error)]
+            problems = [entry.problem] if entry.problem else check_chunk(self.directory/entry.name, deep=deep, config_hash=self._config_hash)
+            try: opens = entry.problem or self._look_into(entry.number)
+            except OSError as error: opens, problems = None, problems or [str(error)]
+            if not opens: problems = problems or [self.chunks[entry.number].problem]
         report[entry.name] = problems
     return report
 
-# %% ../../nbs/vst/48_reader.ipynb #f7754d53
+# %% ../../nbs/vst/48_reader.ipynb #7cbd0c28
 class TorchSamples:
     "The samples of a reader that can be read, as a map-style dataset for `torch.utils.data.DataLoader`."
     def __init__(self,
@@ -374,16 +459,16 @@ class TorchSamples:
         fields,                        # names of FIELDS, in the order of the tuple
         transform = None,              # function of one tuple, applied to each item
     ):
-        self.reader, self.fields, self.transform = reader, reader._checked_fields(fields), transform
+        self.reader, self.fields, self.transform, self.readable = reader, reader._checked_fields(fields), transform, reader._readable
 
-    def __len__(self) -> int: return self.reader.total_samples
+    def __len__(self) -> int: return self.readable.total
     def __getitem__(self, k: int): return self.__getitems__([k])[0]
 
     def __getitems__(self, positions) -> list:
         "The items of one batch"
         positions, size = np.asarray(positions, np.int64), len(self)
         if len(wrong := positions[(positions < -size) | (positions >= size)]): raise IndexError(f'item {wrong[0]} is not among the {size} that can be read')
-        samples = self.reader._get_samples(self.reader.sample_ids(positions % size), self.fields)
+        samples = self.reader._get_samples(self.readable.ids(positions % size), self.fields)
         items = [tuple(_as_tensor(sample[field]) for field in self.fields) for sample in samples]
         return items if self.transform is None else [self.transform(item) for item in items]
 

@@ -17,8 +17,10 @@ _POWERS = np.ldexp(1.0, np.arange(-64, 65))  # 2**-64 … 2**64, exact
 
 
 @njit(cache=True, nogil=True)
-def sine(cycles):
-    "sin(2π · cycles) for 0 to 1 cycle, folded into a quarter of a period"
+def sine(
+    cycles,  # 0 … 1
+):           # -1 … 1
+    "sin(2π · cycles), folded into a quarter of a period"
     x = cycles - 0.25 if cycles >= 0.25 else cycles + 0.75
     x = 2 * math.pi * (abs(x - 0.5) - 0.25)
     z = x * x
@@ -26,8 +28,10 @@ def sine(cycles):
 
 
 @njit(cache=True, nogil=True)
-def exp2(x):
-    "2**x for x from -64 to 64, and what it is at the nearer end beyond"
+def exp2(
+    x,  # -64 … 64
+):
+    "2**x, and beyond the range what it is at the nearer end"
     x = min(max(x, -64.0), 64.0)
     whole = math.floor(x + 0.5)
     z = (x - whole) * 0.6931471805599453  # ln 2
@@ -37,8 +41,10 @@ def exp2(x):
 
 # %% ../../nbs/vst/41_signals.ipynb #edf79a63
 @njit(cache=True, nogil=True)
-def noise_at(counter):
-    "Number `counter` of a white noise, uniform in [-1, 1)"
+def noise_at(
+    counter,  # whole number
+):            # -1 … 1, less than 1
+    "One value of a white noise, uniform"
     x = np.uint64(counter) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -50,8 +56,11 @@ BLOCK = 16  # samples between two looks at envelopes and modulation
 
 
 @njit(cache=True, nogil=True)
-def smooth_jump(phase, step):
-    "What rounds a jump from -1 to 1 at phase 0; `step` is the phase between two samples"
+def smooth_jump(
+    phase,  # cycles, 0 … 1, less than 1
+    step,   # cycles between two samples, up to 0.5
+):          # to be added
+    "What rounds a jump from -1 to 1 at phase 0"
     after = phase < 0.5
     d = (phase if after else 1 - phase) / step  # distance in samples
     if d >= 2: return 0.0
@@ -60,17 +69,25 @@ def smooth_jump(phase, step):
 
 
 @njit(cache=True, nogil=True)
-def smooth_corner(phase, step):
+def smooth_corner(
+    phase,  # cycles, 0 … 1, less than 1
+    step,   # cycles between two samples, up to 0.5
+):          # to be added
     "What rounds a corner at phase 0 whose slope grows by 8 per cycle"
     d = min(phase, 1 - phase) / step
     if d >= 2: return 0.0
     if d > 1: return (2 - d) * (2 - d) * (2 - d) * (2 - d) * (2 - d) * step / 15
     return (7 / 30 - d * (1 / 2 - d * (1 / 3 - d * d * (1 / 12 - d / 40)))) * step * 8
 
-
+# %% ../../nbs/vst/41_signals.ipynb #e89e79bd
 @njit(cache=True, nogil=True)
-def wave_at(waveform, x, step, width):
-    "One sample at phase x"
+def wave_at(
+    waveform,  # index into WAVEFORMS
+    x,         # phase in cycles, 0 … 1, less than 1
+    step,      # cycles between two samples, up to 0.5
+    width,     # of a pulse, cycles, 0 … 1
+):             # mostly -1 … 1
+    "One sample of a waveform"
     if waveform == 0: return sine(x)
     if waveform == 1: return 4 * abs(x - 0.5) - 1 - smooth_corner(x, step) + smooth_corner(x + 0.5 if x < 0.5 else x - 0.5, step)
     if waveform == 2: return 2 * x - 1 - smooth_jump(x, step)
@@ -79,8 +96,14 @@ def wave_at(waveform, x, step, width):
 
 # %% ../../nbs/vst/41_signals.ipynb #3cd7069c
 @njit(cache=True, nogil=True)
-def oscillate(waveform, phase, frequency, width, out):
-    "Fill `out` from a 64-bit phase on, `frequency` in cycles per sample; the phase after it"
+def oscillate(
+    waveform,   # index into WAVEFORMS
+    phase,      # 64-bit integer, 2**64 is a cycle
+    frequency,  # cycles per sample
+    width,      # of a pulse, cycles, 0 … 1
+    out,        # (samples,), filled
+):              # the phase after it
+    "Fill a block with a waveform"
     step = min(max(frequency, 1e-6), 0.5)
     level = min(1.0, 20 * (0.5 - step))
     increment = np.uint64(np.int64(step * 2.0**63)) << np.uint64(1)
@@ -97,7 +120,10 @@ MODULATIONS = ('sine', 'triangle', 'square', 'random steps')
 def envelope_at(
     time,     # seconds since the note began
     gate,     # seconds that it lasts
-    attack, decay, sustain, release,
+    attack,   # seconds, more than 0
+    decay,    # seconds, more than 0
+    sustain,  # level, 0 … 1
+    release,  # seconds, more than 0
 ):            # 0 … 1
     "Level of an envelope"
     held = min(time, gate)
@@ -112,10 +138,13 @@ def envelope_at(
         level *= x * x * x
     return level
 
-
+# %% ../../nbs/vst/41_signals.ipynb #ea6a6f0b
 @njit(cache=True, nogil=True)
-def modulation_at(waveform, cycles):
-    "The low-frequency oscillator, -1 … 1"
+def modulation_at(
+    waveform,  # index into MODULATIONS
+    cycles,    # since the note began, 0 or more
+):             # -1 … 1
+    "The low-frequency oscillator"
     whole = math.floor(cycles)
     x = cycles - whole
     if waveform == 0: return sine(x)
@@ -128,13 +157,20 @@ FILTERS = ('off', 'low-pass 12 dB', 'low-pass 24 dB', 'band-pass', 'high-pass')
 
 
 @njit(cache=True, nogil=True)
-def filter_section(x, first, second, g, damping, factor):
-    "One sample through one section: band, low, and the two states after it"
+def filter_section(
+    x,        # input
+    first,    # state
+    second,   # state
+    g,        # tan(π · cycles per sample)
+    damping,  # 1 / Q
+    factor,   # 1 / (1 + g * (g + damping))
+):            # (band, low, first, second), the states as they are after it
+    "One sample through one section"
     band = factor * (first + g * (x - second))
     low = second + g * band
     return band, low, 2 * band - first, 2 * low - second
 
-
+# %% ../../nbs/vst/41_signals.ipynb #8764331f
 @njit(cache=True, nogil=True)
 def filter_block(
     kind,       # 1 low-pass 12 dB, 2 low-pass 24 dB, 3 band-pass, 4 high-pass
