@@ -72,7 +72,8 @@ $(VENV)/.installed-dev: $(VENV)/.made $(FACTS)
 	@$(PIP) -e '.[dev,cluster]'
 	@touch $@ $(VENV)/.installed
 
-$(VENV)/.installed-bench: $(VENV)/.installed-dev benchmarks/requirements.txt
+$(VENV)/.installed-bench: $(VENV)/.installed-dev benchmarks/requirements.txt benchmarks/requirements-alone.txt
 	@echo "== installing what the benchmarks compare with"
 	@$(PIP) -r benchmarks/requirements.txt
+	@$(PIP) --no-deps -r benchmarks/requirements-alone.txt
 	@touch $@
