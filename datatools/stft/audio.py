@@ -66,11 +66,11 @@ def _missing_ogg_end(
     whole = bool(lengths) and len(lengths) == page[26] and len(page) >= 27 + len(lengths) + sum(lengths)
     return '' if whole and page[5] & 4 else 'has no last Ogg page'
 
-# %% ../../nbs/stft/19_audio.ipynb #eab78d58
+# %% ../../nbs/stft/19_audio.ipynb #3699b12a
 class _SoundFile:
     "A file opened with libsndfile"
     def __init__(self, path):
-        self.file = soundfile.SoundFile(path)
+        self.file = soundfile.SoundFile(path if os.name == 'nt' else os.fsencode(path))  # names need not be UTF-8
         if self.file.format == 'RAW': raise ValueError('nothing but its name says that it is audio')
         missing = _missing_by_log(self.file.extra_info) or (_missing_ogg_end(path) if self.file.format == 'OGG' else '')
         if missing: raise FormatError(f'{path}: is cut off: it {missing}')

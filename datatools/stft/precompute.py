@@ -6,7 +6,7 @@
 __all__ = ['EXTENSIONS', 'ITEM_FACTS', 'MEMORY_BYTES', 'RETRIES', 'find_audio', 'is_validation', 'split_names', 'read_metadata',
            'file_items', 'transform_file', 'PrecomputeOptions', 'precompute', 'verify_store']
 
-# %% ../../nbs/stft/23_precompute.ipynb #7df89cdd
+# %% ../../nbs/stft/23_precompute.ipynb #0edc84c5
 import csv
 import errno
 import io
@@ -22,8 +22,8 @@ from tempfile import mkdtemp
 
 import lmdb.verify
 
-from ..core import (DatatoolsError, FormatError, MismatchError, UsageError, bad_value, config_hash, differences, file_lock, progress,
-                            read_json, seed_for, write_json)
+from ..core import (DatatoolsError, FormatError, MismatchError, UsageError, bad_value, clean_temporaries, config_hash,
+                            differences, file_lock, progress, read_json, seed_for, write_json)
 from ..jobs import Task, run_tasks
 from .pages import check_file
 from .records import encode_record, renumber
@@ -257,9 +257,10 @@ def _check_files(output, files, begun):
     more = f'\n  and {len(changed) - 10} more' if len(changed) > 10 else ''
     raise MismatchError(f'The files are not those that {output} was begun with:{shown}{more}\nPut them back as they were, or begin in a new directory.')
 
-# %% ../../nbs/stft/23_precompute.ipynb #e5675d71
+# %% ../../nbs/stft/23_precompute.ipynb #833f6739
 def _spool(output):
-    "An empty folder with a name that no process of an earlier run knows"
+    "An empty folder with a name that no process of an earlier run knows; what such a run left is removed"
+    clean_temporaries(output)
     for old in output.glob('.spool-*'): shutil.rmtree(old)
     return Path(mkdtemp(prefix='.spool-', dir=output))
 
