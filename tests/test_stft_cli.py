@@ -107,7 +107,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
     workers = [child for child in psutil.Process(process.pid).children(recursive=True) if 'spawn_main' in ' '.join(child.cmdline())]
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and not out and 'Traceback' not in err
+    assert process.returncode in (130, -signal.SIGINT) and not out and 'Traceback' not in err
     assert err.splitlines()[-1].startswith('Interrupted. What was committed is safe') and '--resume' in err
     assert not [worker for worker in workers if worker.is_running()] and not [*(tmp_path/'out').glob('.spool*')]
     done = subprocess.run([*line, '--output-dir', 'out', '--resume', '--json'], cwd=tmp_path, capture_output=True, text=True, timeout=120)

@@ -1,6 +1,7 @@
 "The commands as they are typed: what is printed, what is written, what is refused, and with which exit code."
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -201,8 +202,9 @@ def test_interrupted_before_the_first_sample(tmp_path):
     "As the workers start"
     process = subprocess.Popen([sys.executable, '-m', 'datatools.vst', 'generate', '--config', 'dataset_config_large.yaml', '--workers', '1'], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     while not (tmp_path/'datasets').exists() and process.poll() is None: time.sleep(.01)
-    process.send_signal(2)
+    process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and 'Interrupted' in errors and 'Traceback' not in errors
+    # An interrupted exec, as of an import that makes a dataclass, lets `python -m` die of the signal: a shell calls both 130.
+    assert process.returncode in (130, -signal.SIGINT) and 'Interrupted' in errors and 'Traceback' not in errors
     shutil.rmtree(tmp_path/'datasets')
 

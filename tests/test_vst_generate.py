@@ -368,7 +368,7 @@ class Run:
     def end(self, code=0, seconds=120):
         "Wait for the end: what it printed; no process of it may be left"
         out, errors = self.process.communicate(timeout=seconds)
-        assert self.process.returncode == code, (self.process.returncode, errors[-2000:])
+        assert self.process.returncode in (code, -signal.SIGINT if code == 130 else code), (self.process.returncode, errors[-2000:])
         wait_until(lambda: not self.processes(), 5)
         return json.loads(out) if code == 0 else errors
 
