@@ -6,8 +6,8 @@
 
 **open**: opening a store and asking for its length, from ten thousand to a million (tiny) items. **batches**: random
 batches in one process, read into a buffer that is used again, against a memcpy of the same bytes: from the page cache,
-through a memory map that has been touched, into a buffer of the same size that has been touched, item by item in random
-order. That is the limit of any reader. **loader**: shuffled epochs from two workers through the ring, against memcpy into
+through a memory map that has been touched, into a buffer of the same size and alignment that has been touched, item by
+item in random order. That is the limit of any reader. **loader**: shuffled epochs from two workers through the ring, against memcpy into
 as many buffers as the ring has slots, the stock `DataLoader` on the same dataset, and every peer at two workers. Each
 peer writes the same items and gives batches of tensors; its workers have started and read an epoch before anything is
 timed, and every item of that epoch is accounted for. What consumes the batches does not read them. **cold**: a
@@ -172,7 +172,7 @@ class Memcpy:
         with open(file.path, 'rb') as opened: self.source = memoryview(mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ))
         np.frombuffer(self.source, np.uint8)[::mmap.PAGESIZE].max()
         self.begins, self.size = item_offsets(file.path)[0] + file.info.schema.place('stft')[0], items.size
-        self.target = memoryview(np.ones(items.size * batch * buffers, np.uint8))
+        self.target = memoryview(touched((items.size * batch * buffers,), 'u1'))  # aligned like the buffer of `_batches`: that matters
         self.chance = np.random.default_rng(1)
         file.close()
 
@@ -413,7 +413,7 @@ def precomputing(place, quick):
     audio = files * seconds
     write_audio(place / 'wav', files, seconds)
     measure = f'precompute on one core, {files} WAV files of {seconds} s, mono, 44.1 kHz, window 2048, hop 512'
-    times = apart(_precomputing, place / 'wav', place / 'stores', 2 if quick else 4)
+    times = apart(_precomputing, place / 'wav', place / 'stores', 2 if quick else 3)
     for workers, each in times.items():
         speed = each.rates(audio)
         rows.append(Row(measure, WHERE[workers], speed, 'x real time', target='≥ 1000', met=statistics.median(speed.wall) >= 1000))
@@ -464,7 +464,7 @@ def attempt(audio, output, workers, patience=None):
 def kills(place, quick):
     "Killed anywhere, resumed: same bytes"
     audio = write_audio(place / 'wav', 24, 7.3)
-    return [_killed(place, audio, workers, times) for workers, times in ((0, 4 if quick else 30), (1, 2 if quick else 10))]
+    return [_killed(place, audio, workers, times) for workers, times in ((0, 4 if quick else 24), (1, 2 if quick else 6))]
 
 
 def _killed(place, audio, workers, times):
