@@ -431,7 +431,7 @@ def _stoppable():
     try: yield lambda: bool(pressed)
     finally: signal.signal(signal.SIGINT, previous)
 
-# %% ../../nbs/pool/37_training.ipynb #b58f1c30
+# %% ../../nbs/pool/37_training.ipynb #73cbe0ab
 @patch
 def _after_step(self: Trainer, on_report, epoch_ends=False):
     "Report and save, where it is time to"
@@ -447,10 +447,11 @@ def _after_step(self: Trainer, on_report, epoch_ends=False):
 
 @patch
 def run(self: Trainer,
-    on_report = None,   # called with each new line of the history; may raise to stop the training
+    on_report = None,   # called with each line of the history, at first with those from before; may raise to stop the training
     show: bool = True,  # a progress bar
 ) -> None:
     "Train until the last epoch, or until nothing gets better"
+    for line in self.history if on_report is not None else (): on_report(line)
     began = time.perf_counter() - self.seconds
     bar = progress(total=self.total_steps, desc='training', show=show, unit='batch')
     self.model.train()
@@ -483,7 +484,7 @@ def _figures(self: Trainer):
     text = ', '.join(f'{name.replace("_", " ")} {shown[name]:.3f}' for name in ('policy_loss', 'value_loss') if name in shown)
     return f'{text}, best {score(self.best, self.settings.metric):.3f}' if self.best else text
 
-# %% ../../nbs/pool/37_training.ipynb #e2c26802
+# %% ../../nbs/pool/37_training.ipynb #9a9d7b37
 @dataclass
 class TrainingResult:
     "A trained network and how it came about"
@@ -513,7 +514,7 @@ def train(
     directory = None,                   # where checkpoints, history and the best network go, None for nowhere
     resume: bool = False,               # go on with what is in the directory
     device = 'cpu',                     # where to compute, as 'cuda'
-    on_report = None,                   # called with each line of the history
+    on_report = None,                   # called with each line of the history, those from before a resumption too; may raise to stop
     show: bool = True,                  # a progress bar
 ) -> TrainingResult:
     "Train a network, with checkpoints; resumed at any step, the result is the same bit for bit"
