@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/pool/00_overview.ipynb #c6b26821
-from .shards import RecordCodec, ShardDirectory, ShardWriter
+# %% ../../nbs/pool/00_overview.ipynb #e361fe43
+from .codecs import RecordCodec
+from .shards import ShardDirectory, ShardWriter
 
 # %% ../../nbs/pool/00_overview.ipynb #b61e5064
 __all__ = ['RecordCodec', 'ShardDirectory', 'ShardWriter']
