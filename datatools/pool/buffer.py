@@ -16,14 +16,14 @@ from fastcore.basics import patch
 from ..core import FormatError, MismatchError
 from .order import EpochPlan, Share, dealt, largest_remainder, next_directories, permuted
 
-# %% ../../nbs/pool/34_buffer.ipynb #10b36a0e
+# %% ../../nbs/pool/34_buffer.ipynb #64f322ce
 WINDOW = 4 << 20  # bytes that are asked for ahead and given back at a time
 
 
 class _Reader:
     "The records of all shards as words, (rows, words per record) each"
     def __init__(self, shards, itemsize):
-        whole = itemsize % 8 == 0 and all(shard.offset % 8 == 0 for shard in shards)
+        whole = itemsize % 8 == 0  # array files begin at a multiple of 64 bytes
         self.shards, self.itemsize, self.dtype = shards, itemsize, np.dtype('<u8' if whole else 'u1')
         self.words, self.shard, self.map, self.array, self.marks = itemsize // self.dtype.itemsize, None, None, None, (0, 0)
 
@@ -35,16 +35,16 @@ class _Reader:
         try:
             with open(shard.path, 'rb') as file: self.map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         except FileNotFoundError: raise MismatchError(f'{shard.path} is gone; it was there when the data set was opened. Bring it back, or open the data set again.') from None
-        if len(self.map) < shard.offset + shard.rows * self.itemsize:
+        if len(self.map) < shard._place + shard.rows * self.itemsize:
             raise FormatError(f'{shard.path} was truncated to {len(self.map)} bytes while it was used. Write it again, or leave it out.')
-        self.array = np.frombuffer(self.map, self.dtype, shard.rows * self.words, shard.offset).reshape(shard.rows, self.words)
+        self.array = np.frombuffer(self.map, self.dtype, shard.rows * self.words, shard._place).reshape(shard.rows, self.words)
         self.shard, self.marks = number, (0, 0)
         return self.array
 
     def passed(self, row):
         "Rows before this one are not needed any more, those after it soon"
         behind, ahead = self.marks
-        at = (self.shards[self.shard].offset + row * self.itemsize) // WINDOW * WINDOW
+        at = (self.shards[self.shard]._place + row * self.itemsize) // WINDOW * WINDOW
         if at + WINDOW > ahead and ahead < len(self.map):
             self.map.madvise(mmap.MADV_WILLNEED, ahead, min(at + 2 * WINDOW, len(self.map)) - ahead)
             ahead = at + 2 * WINDOW
@@ -177,11 +177,11 @@ class _Round:
         self.taken, self.left = self.taken + count, self.left - count
         return turns
 
-# %% ../../nbs/pool/34_buffer.ipynb #ef283835
+# %% ../../nbs/pool/34_buffer.ipynb #2da86a89
 class Pool:
     "One round of rows in memory, from which batches are taken while the next round moves in"
     def __init__(self,
-        shards,           # things with `path`, `offset` (bytes) and `rows`, one for each of the plan's
+        shards,           # `Shard`s, one for each of the plan's
         itemsize:int,     # bytes of a record
         plan:EpochPlan,   # the order
         share:Share,      # which batches are ours
@@ -277,11 +277,11 @@ def _turn(self:Pool):
         self.next_round = _Round(self.plan, number, self.share, place)
         self.load(self.next_round)
 
-# %% ../../nbs/pool/34_buffer.ipynb #692d0266
+# %% ../../nbs/pool/34_buffer.ipynb #c80f1ef7
 class SequentialPool:
     "Whole shards in turn, into a pool that is shuffled whenever it was refilled"
     def __init__(self,
-        shards,             # things with `path`, `offset` and `rows`, one for each of the plan's
+        shards,             # `Shard`s, one for each of the plan's
         itemsize:int,       # bytes of a record
         plan:EpochPlan,     # sizes and seed
         pool_size:int,      # rows in memory
