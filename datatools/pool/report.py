@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ORDERS', 'PARTS', 'SURE', 'Stream', 'collect_stream', 'reference_stream', 'Measure', 'MixReport', 'mix_report']
 
-# %% ../../nbs/pool/36_report.ipynb #61c711a0
+# %% ../../nbs/pool/36_report.ipynb #cfc783a0
 import html
 import math
 from dataclasses import dataclass, field
@@ -15,11 +15,11 @@ import numpy as np
 from fastcore.basics import patch
 from numba import njit
 from scipy.optimize import brentq
-from scipy.special import kolmogorov, ndtr
+from scipy.special import bdtr, bdtrc, kolmogorov
 
 from ..core import bad_value, rng_for
 
-# %% ../../nbs/pool/36_report.ipynb #31ab75d2
+# %% ../../nbs/pool/36_report.ipynb #61e1b673
 def _numbers(values, name, rows=None):
     "A one-dimensional array of non-negative integers, or an error that says what else it is"
     values = np.asarray(values)
@@ -58,7 +58,9 @@ class Stream:
     def shards(self): return max(int(self.shard.max(initial=0)) + 1, *(len(each) for each in (self.directory, self.shard_rows) if each is not None), 0)
 
 
-def _small(row): return row.astype(np.uint32 if int(row.max(initial=0)) < 1 << 32 else np.uint64, copy=False)
+def _small(row):
+    if (most := int(row.max(initial=0))) >= 1 << 32: raise bad_value('row', most, 'below 2**32')
+    return row.astype(np.uint32, copy=False)
 
 # %% ../../nbs/pool/36_report.ipynb #b4810d55
 def collect_stream(
@@ -261,26 +263,31 @@ def _from_quota(shard, directory, quota, every):
                 if away > worst: worst, place, who = away, i + 1, each
     return worst, place, who
 
-# %% ../../nbs/pool/36_report.ipynb #738c06a1
+# %% ../../nbs/pool/36_report.ipynb #113936af
 PARTS, SURE = 20, 0.95  # twentieths; how often a full shuffle keeps a limit
 
 
-def _kept_below(spread, tail):
-    "The limit that is kept with the probability `SURE` at least; `tail` has the chance that the first of all kinds oversteps"
-    if not (spread := np.asarray(spread)).any(): return 0.0
-    kinds = spread[spread > 0] if len(spread) > 2 else spread[:1]  # of two shares one mirrors the other
-    return float(brentq(lambda limit: tail(limit / kinds).sum() - (1 - SURE), 0, 20 * kinds.max()))
+def _kept_below(tail, spread):
+    "The limit that is kept with the probability `SURE` at least; `tail` has for each kind the chance that it oversteps"
+    return float(brentq(lambda limit: tail(limit).sum() - (1 - SURE), 0, 50 * spread)) if spread else 0.0
 
 
-def _part_limit(shares, rows):
-    "What the largest deviation of a share in a twentieth stays below, mostly"
-    size = rows / PARTS
-    return _kept_below(np.sqrt(shares * (1 - shares) / size * (rows - size) / (rows - 1)), lambda x: 2 * PARTS * ndtr(-x))
+def _part_limit(counts):
+    "What the largest deviation of a share in a twentieth stays below, mostly; of rows per kind"
+    rows = counts.sum()
+    size, (counts, times) = rows // PARTS, np.unique(counts, return_counts=True)
+    shares, times = counts / rows, times if times.sum() > 2 else np.array([1] + [0] * (len(times) - 1))  # of two one mirrors the other
+    def tail(limit):
+        most, least = np.floor(size * (shares + limit)), np.ceil(size * (shares - limit)) - 1
+        return PARTS * times * (bdtrc(np.minimum(most, size), size, shares) + np.where(least < 0, 0, bdtr(np.maximum(least, 0), size, shares)))
+    return _kept_below(tail, math.sqrt((shares * (1 - shares)).max() / size))
 
 
 def _prefix_limit(shares, rows):
     "What the largest deviation from a quota stays below, mostly; in rows"
-    return _kept_below(np.sqrt(rows * shares * (1 - shares)), kolmogorov)
+    spread = np.sqrt(rows * shares * (1 - shares))
+    spread = spread[spread > 0] if len(shares) > 2 else spread[:1]
+    return _kept_below(lambda limit: kolmogorov(limit / spread), spread.max(initial=0))
 
 # %% ../../nbs/pool/36_report.ipynb #081ac59d
 @njit(cache=True, nogil=True)
@@ -386,7 +393,7 @@ def _of_batches(stream, counts, batch):
         note=f'most {pairs.max():,}; {games:,} games')
     return measures
 
-# %% ../../nbs/pool/36_report.ipynb #02ac060a
+# %% ../../nbs/pool/36_report.ipynb #79a12128
 def _of_twentieths(stream, counts):
     "Deviations of shares in twentieths, over shards and over directories"
     n, edges = len(stream), _edges(len(stream), PARTS)
@@ -402,9 +409,9 @@ def _of_twentieths(stream, counts):
 
 def _worst_part(table, counts, what):
     "The largest deviation of a table of twentieths"
-    shares, away = counts / counts.sum(), abs(table / table.sum(axis=1, keepdims=True) - counts / counts.sum())
+    away = abs(table / table.sum(axis=1, keepdims=True) - counts / counts.sum())
     part, kind = np.unravel_index(away.argmax(), away.shape)
-    return Measure(f'largest deviation of a {what}\'s share in a twentieth', float(away[part, kind]), limit=_part_limit(shares[shares > 0], int(counts.sum())),
+    return Measure(f'largest deviation of a {what}\'s share in a twentieth', float(away[part, kind]), limit=_part_limit(counts[counts > 0]),
         note=f'{what} {kind}, twentieth {part + 1}')
 
 
@@ -420,31 +427,30 @@ def _of_directories(stream, counts, quota, every):
     return {'directory_prefix': Measure(f'largest deviation of a directory from its quota in {prefixes}, in rows', float(worst),
         limit=_prefix_limit(quota, len(stream)), note=f'directory {who}, after {place:,} rows')}
 
-# %% ../../nbs/pool/36_report.ipynb #6b7dc453
+# %% ../../nbs/pool/36_report.ipynb #c2e18f11
 def _of_rows(stream, counts):
     "Whether every row is there once, and how far the order of the shards shows"
     if stream.row is None: return {}
-    if (sizes := stream.shard_rows) is None:
-        sizes = np.zeros(len(counts), np.int64)
-        np.maximum.at(sizes, stream.shard, stream.row.astype(np.int64) + 1)
-    for shard in np.flatnonzero(_beyond(stream.shard, stream.row, sizes)): raise bad_value('row', f'a row of shard {shard}', f'below {sizes[shard]}, its shard_rows')
+    ends = _ends(stream.shard, stream.row, len(counts))
+    sizes = ends if stream.shard_rows is None else stream.shard_rows
+    for shard in np.flatnonzero(ends > sizes): raise bad_value('row', f'{ends[shard] - 1} of shard {shard}', f'below {sizes[shard]}, its shard_rows')
     begins = sizes.cumsum() - sizes
     missing, lacking, repeated, again = _once(stream.shard, stream.row, begins, int(sizes.sum()))
     def first(at): return '' if at < 0 else f'first: shard {(shard := int(np.searchsorted(begins, at, "right")) - 1)}, row {at - begins[shard]:,}'
     kept, error = _order_kept(stream.shard, stream.row, sizes)
-    return {'missing': Measure('rows missing', missing, 0, note=first(lacking)), 'repeated': Measure('rows repeated', repeated, 0, note=first(again)),
-        'order_kept': Measure('correlation with the order in the shards', float(kept), 0.0, float(error))}
+    measures = {'missing': Measure('rows missing', missing, 0, note=first(lacking)), 'repeated': Measure('rows repeated', repeated, 0, note=first(again))}
+    if not math.isnan(kept): measures['order_kept'] = Measure('correlation with the order in the shards', float(kept), 0.0, float(error))
+    return measures
 
 
 @njit(cache=True, nogil=True)
-def _beyond(shard, row, sizes):
-    "Of each shard whether a row is beyond its end"
-    found = np.zeros(len(sizes), np.bool_)
-    for i in range(len(shard)):
-        if row[i] >= sizes[shard[i]]: found[shard[i]] = True
-    return found
+def _ends(shard, row, shards):
+    "Of each shard the highest row number and one"
+    ends = np.zeros(shards, np.int64)
+    for i in range(len(shard)): ends[shard[i]] = max(ends[shard[i]], np.int64(row[i]) + 1)
+    return ends
 
-# %% ../../nbs/pool/36_report.ipynb #85526487
+
 def _pictures(shard, height=64, width=256):
     "The shards of rows from all over the stream, and of its first rows"
     size = height * width
@@ -453,7 +459,7 @@ def _pictures(shard, height=64, width=256):
     if len(shard) >= size: pictures[f'its first {size:,} rows'] = shard[:size].reshape(height, width).copy()
     return pictures
 
-
+# %% ../../nbs/pool/36_report.ipynb #7b463629
 def mix_report(
     stream,                    # Stream, or the array of shard numbers alone
     batch=1024,                # rows per batch
@@ -473,7 +479,7 @@ def mix_report(
     measures |= twentieths | _of_directories(stream, counts, quota, prefix_every) | _of_rows(stream, counts)
     return MixReport(len(stream), int((counts > 0).sum()), batch, measures, values, parts, _pictures(stream.shard))
 
-# %% ../../nbs/pool/36_report.ipynb #f1733349
+# %% ../../nbs/pool/36_report.ipynb #bbddc1db
 @patch
 def _title(self:MixReport): return f'{self.rows:,} rows of {self.shards:,} shards, batches of {self.batch:,}'
 
@@ -498,8 +504,10 @@ def _repr_html_(self:MixReport):
 def facts(
     self:MixReport,
 ) -> dict:  # of numbers and strings, for JSON
-    "The figures for machines"
-    return dict(rows=self.rows, shards=self.shards, batch=self.batch, measures={name: each._asdict() for name, each in self.measures.items()})
+    "The figures for machines; None for what is infinite or not there"
+    def plain(value): return None if isinstance(value, float) and not math.isfinite(value) else value
+    measures = {name: {key: plain(value) for key, value in each._asdict().items()} for name, each in self.measures.items()}
+    return dict(rows=self.rows, shards=self.shards, batch=self.batch, measures=measures)
 
 # %% ../../nbs/pool/36_report.ipynb #e93e32c8
 @patch
