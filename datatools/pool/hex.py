@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['MOST_SIZE', 'RED_TO_MOVE', 'RED_WINS', 'SYMMETRIES', 'LANES', 'WORDS', 'STONES', 'check_board_size', 'hex_dtype',
-           'symmetry_cells', 'HexCodec', 'cell_name']
+           'symmetry_cells', 'HexCodec', 'cell_name', 'find_root', 'place_stone', 'winner_of', 'HexBoard']
 
-# %% ../../nbs/pool/31_hex.ipynb #a36113dc
+# %% ../../nbs/pool/31_hex.ipynb #a8114e67
 from dataclasses import dataclass
-from html import escape
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from ..core import FormatError, UsageError, bad_value
-from .shards import CODECS, RecordCodec
+from .codecs import CODECS, RecordCodec
 
 # %% ../../nbs/pool/31_hex.ipynb #4cc3addc
 MOST_SIZE = 26  # columns have letters
@@ -402,3 +401,136 @@ def _check_soft(self: HexCodec, records):
     words = dict(finite='is not finite', negative='has a negative probability', taken='is not 0 where there is a stone', sums='does not sum to 1')
     for name, wrong in faults.items():
         if wrong.any(): raise FormatError(f'row {wrong.argmax()}: soft_policy {words[name]}. Repair or leave out such rows.')
+
+# %% ../../nbs/pool/31_hex.ipynb #a030e5a2
+@njit(cache=True, nogil=True)
+def find_root(parent, node):
+    "The root of a node's tree; the path to it is halved on the way"
+    while parent[node] != node:
+        parent[node] = parent[parent[node]]
+        node = parent[node]
+    return node
+
+
+@njit(cache=True, nogil=True)
+def place_stone(cells, parent, size, cell, colour):
+    "Put a stone (1 blue, 2 red) on `cells` (n·n,), join what it touches in `parent` (n·n + 4,), say whether its colour has won"
+    cells[cell] = colour
+    row, column, first = cell//size, cell % size, size*size + 2*(colour - 1)  # the colour's edges are nodes first and first + 1
+    along = row if colour == 1 else column
+    if along == 0: parent[find_root(parent, cell)] = find_root(parent, first)
+    if along == size - 1: parent[find_root(parent, cell)] = find_root(parent, first + 1)
+    for down, right in ((-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0)):
+        if not (0 <= row + down < size and 0 <= column + right < size): continue
+        other = cell + down*size + right
+        if cells[other] == colour: parent[find_root(parent, cell)] = find_root(parent, other)
+    return find_root(parent, first) == find_root(parent, first + 1)
+
+
+@njit(cache=True, nogil=True)
+def winner_of(cells, size):
+    "The colour that connects its edges on `cells` (n·n,) of 0 empty, 1 blue, 2 red; 0 if none does yet"
+    board, parent = np.zeros(size*size, np.int8), np.arange(size*size + 4)
+    for cell in range(size*size):
+        if cells[cell] and place_stone(board, parent, size, cell, cells[cell]): return np.int64(cells[cell])
+    return 0
+
+# %% ../../nbs/pool/31_hex.ipynb #fee22288
+@dataclass(frozen=True)
+class HexBoard:
+    "A position of Hex"
+    size: int = 13             # rows and columns
+    moves: tuple = ()          # cells of the stones, row·n + column, in the order of play if that is known
+    colours: tuple = None      # 1 blue or 2 red for each of `moves`; None: they alternate, blue begins
+    marks: tuple = ()          # cells to mark in the picture
+
+    def __post_init__(self):
+        check_board_size(self.size)
+        moves = tuple(self.cell(move) for move in self.moves)
+        if len({*moves}) < len(moves): raise bad_value('moves', self.moves, 'different cells', 'Two stones are on one cell.')
+        object.__setattr__(self, 'moves', moves)
+        object.__setattr__(self, 'marks', tuple(self.cell(mark) for mark in self.marks))
+        if self.colours is None: object.__setattr__(self, 'colours', tuple(1 + number % 2 for number in range(len(moves))))
+
+    def cell(self, move):
+        "The number of a cell that is given as a number or a name, such as 'c4'"
+        if isinstance(move, str):
+            column, row = ord(move[:1].lower() or ' ') - 97, int(move[1:]) - 1 if move[1:].isdecimal() else -1
+            if 0 <= column < self.size and 0 <= row < self.size: return row*self.size + column
+        elif isinstance(move, (int, np.integer)) and 0 <= move < self.size**2: return int(move)
+        raise bad_value('move', move, f'a cell from a1 to {cell_name(self.size**2 - 1, self.size)}, or its number from 0 to {self.size**2 - 1}')
+
+# %% ../../nbs/pool/31_hex.ipynb #75bc7760
+@patch(as_prop=True)
+def cells(self: HexBoard) -> np.ndarray:  # (n·n,) int8: 0 empty, 1 blue, 2 red
+    "The stones by cell"
+    cells = np.zeros(self.size**2, np.int8)
+    cells[list(self.moves)] = self.colours
+    return cells
+
+
+@patch(as_prop=True)
+def to_move(self: HexBoard) -> int:  # 1 blue, 2 red
+    "Whose move it is"
+    return 1 + (self.colours.count(1) > self.colours.count(2))
+
+
+@patch(as_prop=True)
+def winner(self: HexBoard) -> int:  # 0 nobody yet, 1 blue, 2 red
+    "Who has connected his edges"
+    return int(winner_of(self.cells, self.size))
+
+
+@patch
+def legal_moves(self: HexBoard) -> list:  # of cells
+    "The empty cells; none when the game is over"
+    return [] if self.winner else np.flatnonzero(self.cells == 0).tolist()
+
+
+@patch
+def play(self: HexBoard,
+    *moves,          # cells, as numbers or names
+) -> HexBoard:       # the position after them
+    "Move on"
+    for move in map(self.cell, moves):
+        if self.winner: raise bad_value('move', cell_name(move, self.size), 'left out', f"The game is over: {('blue', 'red')[self.winner - 1]} has won.")
+        if move in self.moves: raise bad_value('move', cell_name(move, self.size), 'an empty cell')
+        self = HexBoard(self.size, (*self.moves, move), (*self.colours, self.to_move))
+    return self
+
+# %% ../../nbs/pool/31_hex.ipynb #bd209b7e
+def _points(x, y, radius=1.):
+    "The corners of a hexagon that stands on a tip"
+    return ' '.join(f'{x + radius*np.sin(angle):.2f},{y - radius*np.cos(angle):.2f}' for angle in np.arange(6)*np.pi/3)
+
+
+def _edges(size, place):
+    "The four edges as coloured strokes from corner to corner, blue above and below"
+    (left, top), (right, _), (left_down, bottom), (right_down, _) = (place(cell) for cell in (0, size - 1, size*(size - 1), size*size - 1))
+    lines = [('#3b7dd8', left, top - 1.3, right, top - 1.3), ('#3b7dd8', left_down, bottom + 1.3, right_down, bottom + 1.3),
+             ('#d8483b', left - 1.5, top, left_down - 1.5, bottom), ('#d8483b', right + 1.5, top, right_down + 1.5, bottom)]
+    return [f'<line x1="{a:.2f}" y1="{b:.2f}" x2="{c:.2f}" y2="{d:.2f}" stroke="{colour}" stroke-width=".4" stroke-linecap="round"/>' for colour, a, b, c, d in lines]
+
+
+@patch
+def _repr_svg_(self: HexBoard):
+    width = 3**.5
+    place = lambda cell: (2.5 + width*(cell % self.size + cell//self.size/2), 2.5 + 1.5*(cell//self.size))
+    parts = _edges(self.size, place)
+    for cell, colour in enumerate(self.cells):
+        x, y = place(cell)
+        parts.append(f'<polygon points="{_points(x, y)}" fill="#f4efe2" stroke="#998" stroke-width=".08"><title>{cell_name(cell, self.size)}</title></polygon>')
+        if colour: parts.append(f'<circle cx="{x:.2f}" cy="{y:.2f}" r=".68" fill="{("#3b7dd8", "#d8483b")[colour - 1]}"/>')
+        if cell in self.marks: parts.append(f'<circle cx="{x:.2f}" cy="{y:.2f}" r=".25" fill="#222"/>')
+    across, down = place(self.size**2 - 1)[0] + 2.5, place(self.size**2 - 1)[1] + 2.5
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {across:.1f} {down:.1f}" width="{min(620, 22*across):.0f}">{"".join(parts)}</svg>'
+
+# %% ../../nbs/pool/31_hex.ipynb #69b0908c
+@patch
+def board(self: HexCodec,
+    record,         # one record
+) -> HexBoard:      # its stones, the cell of its policy marked; the order of play is not known
+    "A record as a board to look at"
+    blue, red = (np.flatnonzero(np.unpackbits(record[name], count=self.cells, bitorder='little')).tolist() for name in ('blue', 'red'))
+    marks = (int(record['policy']),) if record['policy'] < self.cells else ()
+    return HexBoard(self.board_size, (*blue, *red), (1,)*len(blue) + (2,)*len(red), marks)
