@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['READ_BYTES', 'LINE', 'TWO_LINES', 'UNKNOWN', 'SIZES', 'PREFIX_BYTES', 'PREFIXES', 'PLAIN_DTYPE', 'NDARRAY',
-           'STAND_INS', 'ALLOWED', 'read_gzip', 'scan_pickle', 'DtypeStandIn', 'ArrayStandIn', 'Callable', 'Encoder',
-           'RestrictedUnpickler', 'restricted_loads']
+           'STAND_INS', 'ALLOWED', 'LIMIT_BYTES', 'REPAIR', 'KEYS', 'GAME_IDS', 'SUM_TOLERANCE', 'ONE_CELL',
+           'BLOCK_ROWS', 'LEGACY_NAME', 'RECORD', 'WORK', 'read_gzip', 'scan_pickle', 'DtypeStandIn', 'ArrayStandIn',
+           'Callable', 'Encoder', 'RestrictedUnpickler', 'restricted_loads', 'winner', 'load_legacy', 'board_size_of',
+           'Block', 'GameNumbers', 'read_block', 'check_boards', 'check_policies', 'convert_file', 'find_legacy_files',
+           'game_order', 'convert']
 
-# %% ../../nbs/pool/32_legacy.ipynb #761ef6bf
+# %% ../../nbs/pool/32_legacy.ipynb #9f7f041d
 import gzip
 import io
-import numbers
+import os
 import pickle
 import pickletools
 import re
+import shutil
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +25,13 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-from ..core import FormatError, bad_value, human_bytes
+from ..arrays import ArrayFile
+from ..core import FormatError, Manifest, UsageError, bad_value, check_same_config, config_hash, hash_file, human_bytes, read_json, seed_for, write_json
+from ..jobs import Task, run_tasks
+from .hex import RED_TO_MOVE, RED_WINS, HexCodec, check_board_size
+from .shards import KIND, SUFFIX, ShardDirectory, ShardWriter, shard_files, write_shard
 
-# %% ../../nbs/pool/32_legacy.ipynb #392541aa
+# %% ../../nbs/pool/32_legacy.ipynb #7aef8361
 READ_BYTES = 1 << 20  # decompressed at a time
 
 
@@ -32,17 +40,17 @@ def read_gzip(
     limit_bytes:int,  # most decompressed bytes allowed
 ) -> bytes:           # the decompressed content
     "Decompress a file, and stop as soon as it grows beyond the limit"
-    content = bytearray()
+    content = io.BytesIO()
     try:
         with gzip.open(path, 'rb') as file:
             while block := file.read(READ_BYTES):
-                content += block
-                if len(content) > limit_bytes:
+                content.write(block)
+                if content.tell() > limit_bytes:
                     raise FormatError(f'{path} holds more than {human_bytes(limit_bytes)} when decompressed. '
                                       'Raise limit_bytes if the file is from a source you trust and memory allows it.')
-    except EOFError: raise FormatError(f'{path} is a truncated gzip file: it ends after {human_bytes(len(content))} of content. Copy or make it again.') from None
+    except EOFError: raise FormatError(f'{path} is a truncated gzip file: it ends after {human_bytes(content.tell())} of content. Copy or make it again.') from None
     except (gzip.BadGzipFile, zlib.error) as error: raise FormatError(f'{path} is not a sound gzip file: {error}. Copy or make it again.') from error
-    return bytes(content)
+    return content.getvalue()
 
 # %% ../../nbs/pool/32_legacy.ipynb #642d572f
 LINE, TWO_LINES, UNKNOWN = -1, -10, -99  # beside the lengths that `pickletools` uses: -2 … -5 are lengths written in front of the argument
@@ -228,3 +236,407 @@ def restricted_loads(
     except Exception as error:  # a damaged pickle can raise anything
         raise FormatError(f'{name} holds a damaged pickle: {type(error).__name__}: {error}. Copy or make the file again.') from error
     return value
+
+# %% ../../nbs/pool/32_legacy.ipynb #b2f9dcbf
+@njit(cache=True)
+def winner(board):
+    "0, 1 or -1"
+    n = board.shape[1]
+    for colour in range(2):
+        seen = np.zeros((n, n), np.bool_); stack = [(0, 0)]; stack.pop()
+        for k in range(n):
+            r, c = (0, k) if colour == 0 else (k, 0)
+            if board[colour, r, c]: seen[r, c] = True; stack.append((r, c))
+        while len(stack):
+            r, c = stack.pop()
+            if (r if colour == 0 else c) == n - 1: return colour
+            for dr, dc in ((-1, 0), (1, 0), (0, -1), (0, 1), (-1, 1), (1, -1)):
+                a, b = r + dr, c + dc
+                if 0 <= a < n and 0 <= b < n and board[colour, a, b] and not seen[a, b]: seen[a, b] = True; stack.append((a, b))
+    return -1
+
+# %% ../../nbs/pool/32_legacy.ipynb #f321cf18
+LIMIT_BYTES = 4 << 30  # of decompressed content
+
+
+def load_legacy(
+    path,                         # file, *.pkl.gz
+    limit_bytes:int=LIMIT_BYTES,  # most decompressed bytes allowed
+) -> list:                        # examples, as the file has them; arrays are `ArrayStandIn`
+    "The examples of a legacy file"
+    path = Path(path)
+    if not path.is_file(): raise FormatError(f'{path} is not a file.' if path.exists() else f'{path} does not exist.')
+    value = restricted_loads(read_gzip(path, limit_bytes), path)
+    if not isinstance(value, dict) or not isinstance(value.get('examples'), list):
+        keys = f'a dictionary with {", ".join(map(repr, [*value][:5])) or "nothing"}' if isinstance(value, dict) else f'a {type(value).__name__}'
+        raise FormatError(f"{path} holds {keys}, not a dictionary with a list under 'examples'. It is not a file of positions.")
+    if not value['examples']: raise FormatError(f'{path} holds no example. Leave it out.')
+    return value['examples']
+
+# %% ../../nbs/pool/32_legacy.ipynb #5b280eb1
+REPAIR = 'Repair this example or leave it out.'
+
+
+def _fault(path, row, what, remedy=REPAIR): return FormatError(f'{path}: example {row}: {what}. {remedy}')
+
+
+def _array(value, name, shape, path, row):
+    "A float32 array of the expected shape"
+    if not isinstance(value, ArrayStandIn): raise _fault(path, row, f'{name} is of type {type(value).__name__}, not an array')
+    array = value.array
+    if array.shape != shape: raise _fault(path, row, f'{name} has shape {array.shape}, expected {shape}')
+    if array.dtype.kind != 'f' or array.dtype.itemsize != 4: raise _fault(path, row, f'{name} has dtype {array.dtype}, expected float32', 'Write it as float32.')
+    return array
+
+
+def _zero_or_one(value, name, path, row):
+    "0 or 1, from a number"
+    if not isinstance(value, (int, float)) or value not in (0, 1): raise _fault(path, row, f'{name} is {value!r}, expected 0 (blue) or 1 (red)')
+    return int(value)
+
+
+def board_size_of(
+    examples,  # of one file
+    path,      # that messages name
+) -> int:      # rows and columns
+    "The board size, from the first example"
+    first = examples[0]
+    board = first.get('board') if isinstance(first, dict) else first[0] if isinstance(first, tuple) and first else None
+    if not isinstance(board, ArrayStandIn): raise _fault(path, 0, "there is no array under 'board'")
+    shape = board.array.shape
+    if len(shape) != 3 or shape[0] != 2 or shape[1] != shape[2]: raise _fault(path, 0, f'board has shape {shape}, expected (2, n, n)')
+    return shape[1]
+
+# %% ../../nbs/pool/32_legacy.ipynb #677b3b68
+KEYS = ('board', 'policy', 'value', 'player_to_move')
+GAME_IDS = ('global', 'file', 'none')  # what a game id names: a game in all files, only in its own, or ids are not used
+
+
+@dataclass
+class Block:
+    "Some examples as arrays"
+    path: Path            # of the file
+    start: int            # number of the first example in the file
+    board: np.ndarray     # (B, 2, n, n) float32
+    policy: np.ndarray    # (B, n²) float32, all 0 where there is none
+    has_policy: np.ndarray# (B,) bool
+    value: np.ndarray     # (B,) uint8: 1 where red wins
+    to_move: np.ndarray   # (B,) uint8: 1 where red is to move
+    final: np.ndarray     # (B,) bool: said to be the last position of its game
+    game: np.ndarray      # (B,) uint64, None where games are not known
+
+    def __len__(self): return len(self.board)
+
+    def fault(self, row, what, remedy=REPAIR): return _fault(self.path, self.start + int(row), what, remedy)
+
+
+def _parts(example, as_tuple, path, row):
+    "Board, policy, value, player to move (None for a tuple) and metadata of an example"
+    if isinstance(example, tuple) != as_tuple: raise _fault(path, row, 'a tuple among dictionaries, or the reverse', 'Keep the two kinds in separate files.')
+    if as_tuple:
+        if len(example) != 3: raise _fault(path, row, f'a tuple of {len(example)}, expected (board, policy, value)')
+        return (*example, None, {})
+    if not isinstance(example, dict): raise _fault(path, row, f'it is of type {type(example).__name__}, not a dictionary or a tuple')
+    missing = [key for key in KEYS if key not in example]
+    if missing: raise _fault(path, row, f'{" and ".join(map(repr, missing))} missing; it has {", ".join(map(repr, example)) or "no keys"}')
+    metadata = example.get('metadata')
+    return (*(example[key] for key in KEYS), metadata if isinstance(metadata, dict) else {})
+
+# %% ../../nbs/pool/32_legacy.ipynb #474d03f2
+class GameNumbers:
+    "Numbers of games from their ids"
+    def __init__(self,
+        game_ids:str,  # one of `GAME_IDS`
+        file_hash:str, # what tells the file apart, for ids that only hold in it
+    ):
+        self.scope, self.known = ('file', file_hash) if game_ids == 'file' else (), {}
+
+    def __call__(self, metadata, path, row):
+        remedy = "Convert with game_ids='none' if it is not known which positions belong together."
+        game_id = metadata.get('game_id')
+        if game_id is None: raise _fault(path, row, "metadata has no 'game_id'", remedy)
+        try:
+            if game_id not in self.known: self.known[game_id] = seed_for(0, 'game', *self.scope, game_id)
+        except (TypeError, UsageError): raise _fault(path, row, f'game_id is of type {type(game_id).__name__}, which is no id', remedy) from None
+        return self.known[game_id]
+
+
+def _said_final(metadata):
+    "Does the metadata call the position the last of its game?"
+    position, total = metadata.get('position_in_game'), metadata.get('total_positions')
+    return isinstance(position, int) and isinstance(total, int) and position >= total - 1
+
+# %% ../../nbs/pool/32_legacy.ipynb #bf8a35a9
+def read_block(
+    examples,        # of a whole file
+    start:int,       # first example of the block
+    stop:int,        # example after the last
+    board_size:int,  # rows and columns
+    path,            # that messages name
+    numbers_of,      # `GameNumbers`, None where games are not known
+) -> Block:
+    "Some examples as arrays; an example that has not the right form is a `FormatError`"
+    rows, as_tuple, shape = stop - start, isinstance(examples[0], tuple), (2, board_size, board_size)
+    block = Block(path, start, np.zeros((rows, *shape), np.float32), np.zeros((rows, board_size**2), np.float32), np.zeros(rows, bool),
+                  np.zeros(rows, np.uint8), np.zeros(rows, np.uint8), np.zeros(rows, bool), None)
+    if numbers_of is not None and not as_tuple: block.game = np.zeros(rows, np.uint64)
+    for place, row in enumerate(range(start, stop)):
+        board, policy, value, to_move, metadata = _parts(examples[row], as_tuple, path, row)
+        block.board[place] = _array(board, 'board', shape, path, row)
+        if policy is not None:
+            block.policy[place], block.has_policy[place] = _array(policy, 'policy', (board_size**2,), path, row), True
+        block.value[place] = _zero_or_one(value, 'value', path, row)
+        if not as_tuple: block.to_move[place] = _zero_or_one(to_move, 'player_to_move', path, row)
+        if block.game is not None: block.game[place] = numbers_of(metadata, path, row)
+        block.final[place] = _said_final(metadata)
+    if as_tuple: block.to_move[:] = block.board[:, 0].sum((1, 2)) != block.board[:, 1].sum((1, 2))
+    return block
+
+# %% ../../nbs/pool/32_legacy.ipynb #29fada68
+def _cell(board_size, cell): return f'cell (row {cell // board_size}, column {cell % board_size})'
+
+
+def check_boards(
+    block:Block,  # of examples
+) -> None:
+    "Raise a `FormatError` for the first example with an impossible board"
+    board, n = block.board, block.board.shape[-1]
+    _first(block, ~np.isfinite(board).all((1, 2, 3)), lambda row: 'board holds a number that is not finite')
+    other = (board != 0) & (board != 1)
+    _first(block, other.any((1, 2, 3)), lambda row: f'board holds {board[row][other[row]][0]:.6g}, a cell has a stone (1) or none (0)')
+    both = board.all(1).reshape(len(block), -1)
+    _first(block, both.any(1), lambda row: f'blue and red both have a stone on {_cell(n, both[row].argmax())}')
+    blue, red = board.sum((2, 3)).astype(int).T
+    _first(block, blue - red != block.to_move, lambda row: f'{blue[row]} blue and {red[row]} red stones, but {("blue", "red")[block.to_move[row]]} is to move; blue begins')
+
+
+def _first(block, wrong, what, remedy=REPAIR):
+    "Raise for the first example that is wrong"
+    if wrong.any(): raise block.fault(wrong.argmax(), what(wrong.argmax()), remedy)
+
+# %% ../../nbs/pool/32_legacy.ipynb #5c3d86b5
+SUM_TOLERANCE, ONE_CELL = 1e-3, .999  # a policy may miss the sum 1 by so much; a cell that holds so much holds all
+
+
+def check_policies(
+    block:Block,           # of examples
+    soft_policy:bool=False,# policies may be spread over several cells
+) -> None:
+    "Raise a `FormatError` for the first example with an impossible policy or result"
+    policy, n, given = block.policy, block.board.shape[-1], block.has_policy
+    _first(block, ~np.isfinite(policy).all(1), lambda row: 'policy holds a number that is not finite')
+    _first(block, (policy < 0).any(1), lambda row: f'policy is negative, {policy[row].min():.6g}, on {_cell(n, policy[row].argmin())}')
+    total = policy.sum(1, dtype=np.float64)
+    _first(block, given & (np.abs(total - 1) > SUM_TOLERANCE), lambda row: f'policy sums to {total[row]:.6g}, not to 1')
+    taken = (policy > 0) & block.board.any(1).reshape(len(block), -1)
+    _first(block, taken.any(1), lambda row: f'policy is on an occupied cell: {_cell(n, taken[row].argmax())}')
+    if not soft_policy:
+        _first(block, given & (policy.max(1) < ONE_CELL), lambda row: f'policy is spread over {(policy[row] > 0).sum()} cells',
+               'Convert with soft_policy=True, which stores a probability for every cell.')
+    winners = np.full(len(block), -1)
+    winners[~given] = [winner(board) for board in block.board[~given]]
+    _first(block, ~given & ~block.final & (winners < 0), lambda row: 'policy is None, but nobody has won yet', 'Only a final position may be without a policy: give it one or leave it out.')
+    _first(block, (winners >= 0) & (winners != block.value), lambda row: f'value is {block.value[row]}, but {("blue", "red")[winners[row]]} has won')
+
+# %% ../../nbs/pool/32_legacy.ipynb #c6fc4007
+BLOCK_ROWS = 8192
+
+
+def convert_file(
+    path,               # legacy file
+    part,               # shard file to write
+    soft_policy:bool,   # keep a probability for every cell
+    game_ids:str,       # one of `GAME_IDS`
+    source_number:int,  # goes into the records
+    limit_bytes:int,    # most decompressed bytes allowed
+) -> dict:              # rows, board_size, sha256, games
+    "Convert one legacy file to one shard file"
+    examples, file_hash = load_legacy(path, limit_bytes), hash_file(path)
+    board_size = board_size_of(examples, path)
+    codec, numbers_of, records, games = HexCodec(board_size, soft_policy), None if game_ids == 'none' else GameNumbers(game_ids, file_hash), [], []
+    for start in range(0, len(examples), BLOCK_ROWS):
+        block = read_block(examples, start, min(start + BLOCK_ROWS, len(examples)), board_size, path, numbers_of)
+        check_boards(block)
+        check_policies(block, soft_policy)
+        records.append(_records(block, codec, source_number))
+        games.append(block.game)
+    game = None if games[0] is None else np.concatenate(games)
+    write_shard(part, np.concatenate(records), game, codec)
+    return dict(name=Path(path).name, rows=len(examples), board_size=board_size, sha256=file_hash, games=None if game is None else len(np.unique(game)))
+
+
+def _records(block, codec, source_number):
+    "A checked block as records"
+    records = np.zeros(len(block), codec.dtype)
+    stones = np.packbits(block.board.astype(bool).reshape(len(block), 2, -1), axis=2, bitorder='little')
+    records['blue'], records['red'], records['ply'] = stones[:, 0], stones[:, 1], block.board.sum((1, 2, 3))
+    records['policy'] = np.where(block.has_policy, block.policy.argmax(1), codec.no_policy)
+    records['flags'] = block.to_move * RED_TO_MOVE + block.value * RED_WINS
+    records['source'] = source_number
+    if codec.soft_policy: records['soft_policy'] = block.policy
+    return records
+
+# %% ../../nbs/pool/32_legacy.ipynb #5186c259
+LEGACY_NAME = re.compile(r'shuffled_\d+\.pkl\.gz|.+_processed\.pkl\.gz')
+
+
+def find_legacy_files(
+    inputs,    # a path or a list of paths: files, or directories
+) -> list:     # files; those of a directory by name
+    "The legacy files that are meant"
+    inputs = [inputs] if isinstance(inputs, (str, os.PathLike)) else [*inputs]
+    if not inputs: raise bad_value('inputs', inputs, 'at least one file or directory')
+    found, seen = [], {}
+    for place in map(Path, inputs):
+        if not place.exists(): raise bad_value('inputs', str(place), 'a file or directory that exists')
+        files = sorted(file for file in place.iterdir() if LEGACY_NAME.fullmatch(file.name)) if place.is_dir() else [place]
+        if not files: raise bad_value('inputs', str(place), 'a directory with files shuffled_NNNN.pkl.gz or *_processed.pkl.gz', 'Files of other names have to be named one by one.')
+        for file in files:
+            status = file.stat()
+            first = seen.setdefault((status.st_dev, status.st_ino), file)
+            if first is not file: raise bad_value('inputs', str(file), 'files that are all different', f'It is the same file as {first}.')
+        found += files
+    return found
+
+# %% ../../nbs/pool/32_legacy.ipynb #63b636ae
+class _Parts:
+    "The parts of a conversion as one long array"
+    def __init__(self, paths):
+        files = [ArrayFile(path, KIND) for path in paths]
+        self.records = [file['records'] for file in files]
+        self.games = [file['game'] for file in files] if 'game' in files[0] else None
+        self.starts = np.cumsum([0, *(len(records) for records in self.records)])
+
+    def take(self, arrays, rows):
+        "The given rows of an array that lies in parts"
+        out = np.empty((len(rows), *arrays[0].shape[1:]), arrays[0].dtype)
+        owner = np.searchsorted(self.starts, rows, 'right') - 1
+        for part in np.unique(owner):
+            mine = owner == part
+            out[mine] = arrays[part][rows[mine] - self.starts[part]]
+        return out
+
+    def blocks(self, order, codec, size=1 << 16):
+        "Records and games of all rows in an order (None: as they are), in blocks"
+        for start in range(0, int(self.starts[-1]), size):
+            stop = min(start + size, int(self.starts[-1]))
+            rows = np.arange(start, stop) if order is None else order[start:stop]
+            yield self.take(self.records, rows).view(codec.dtype)[:, 0], None if self.games is None else self.take(self.games, rows)
+
+
+def game_order(
+    game,           # (rows,) uint64: the game of each row
+    ply,            # (rows,) integers: number of stones
+) -> np.ndarray:    # (rows,) int64: row numbers
+    "The order in which each game is in one piece, in the order of first appearance, its positions by number of stones"
+    _, first, which = np.unique(game, return_index=True, return_inverse=True)
+    return np.lexsort((ply, first[which]))
+
+# %% ../../nbs/pool/32_legacy.ipynb #449cb977
+RECORD, WORK = 'conversion.json', '.conversion'  # beside the manifest: what was converted; while it goes on: ledger and parts
+
+
+def _options(board_size, soft_policy, game_ids, source_number):
+    "All that decides what becomes of a file, checked"
+    if game_ids not in GAME_IDS: raise bad_value('game_ids', game_ids, GAME_IDS)
+    if type(source_number) is not int or not 0 <= source_number <= 255: raise bad_value('source_number', source_number, 'an integer from 0 to 255')
+    if board_size is not None: check_board_size(board_size)
+    return dict(soft_policy=bool(soft_policy), game_ids=game_ids, source_number=source_number)
+
+
+def _make_parts(files, output, options, limit_bytes, workers, show):
+    "Convert every file to a part; the parts and what is known of them, in the order of the files"
+    tasks, parts = [], []
+    for file in files:
+        status = file.stat()
+        key = f'{file.absolute()}|{status.st_size}|{status.st_mtime_ns}'
+        parts.append(output/WORK/f'{config_hash(key)[:32]}{SUFFIX}')
+        tasks.append(Task(key, (file, parts[-1], options['soft_policy'], options['game_ids'], options['source_number'], limit_bytes)))
+    results = [*run_tasks(convert_file, tasks, workers=workers, ledger=output/WORK/'ledger', ledger_config=options, show_progress=show, description='convert')]
+    wrong = [result.error.message.removeprefix('FormatError: ') if result.error.kind == 'exception' else f'{file}: {result.error}'
+             for file, result in zip(files, results) if result.error]
+    if wrong:
+        more = f'\n… and {len(wrong) - 20} more' if len(wrong) > 20 else ''
+        raise FormatError(f'{len(wrong)} of {len(files)} files could not be converted; the others are done, and another call goes on with these:\n'
+                          + '\n'.join(wrong[:20]) + more)
+    return parts, [result.value for result in results]
+
+# %% ../../nbs/pool/32_legacy.ipynb #275d53a3
+def _agree(files, facts, board_size):
+    "All files must be of one board size, and games known in all of them or in none"
+    for file, fact in zip(files, facts):
+        expected = board_size or facts[0]['board_size']
+        if fact['board_size'] != expected:
+            why = 'as board_size says' if board_size else f'as in {files[0]}'
+            raise FormatError(f'{file} has boards of {fact["board_size"]} × {fact["board_size"]} cells, expected {expected} × {expected}, {why}. Convert each size by itself.')
+        if (fact['games'] is None) != (facts[0]['games'] is None):
+            raise FormatError(f"{file} and {files[0]} differ: in one of them games are known, in the other not. Convert them separately, or both with game_ids='none'.")
+
+
+def _counted(joined):
+    "The number of games, and of those which lie in several files; None where games are not known"
+    if joined.games is None: return dict(games=None, games_in_several_files=None)
+    found, times = np.unique(np.concatenate([np.unique(games) for games in joined.games]), return_counts=True)
+    return dict(games=len(found), games_in_several_files=int((times > 1).sum()))
+
+
+def _assemble(joined, output, codec, rows_per_shard, group_by_game, source):
+    "Parts to shards"
+    order = None
+    if group_by_game and joined.games is not None:
+        ply = np.concatenate([records.view(codec.dtype)[:, 0]['ply'] for records in joined.records])
+        order = game_order(np.concatenate(joined.games), ply)
+    with ShardWriter(output, codec, rows_per_shard, source) as writer:
+        for records, game in joined.blocks(order, codec): writer.append(records, game)
+
+# %% ../../nbs/pool/32_legacy.ipynb #b015d3e9
+def _finished(output, wanted):
+    "The directory if it is there and was made of these files with these options, None if there is none"
+    if not (output/Manifest.name).exists(): return None
+    record = read_json(output/RECORD)
+    asked = {key: record.get(key) if key != 'files' else [[file['name'], file['bytes']] for file in record['files']] for key in wanted}
+    check_same_config(output, asked, wanted)
+    shutil.rmtree(output/WORK, ignore_errors=True)  # of a process that was killed at the very end
+    return ShardDirectory.open(output)
+
+
+def _check_output(output, resume):
+    "Refuse to write where something else is"
+    if output.exists() and not output.is_dir(): raise bad_value('output', str(output), 'a directory or a new name')
+    if not resume and output.exists() and any(output.iterdir()):
+        raise bad_value('output', str(output), 'a new or empty directory with resume=False', 'Resume what is there, or choose another directory.')
+    if output.exists() and shard_files(output) and not (output/RECORD).exists():
+        raise bad_value('output', str(output), 'a new directory', f'It holds shards that were not converted: there is no {RECORD}.')
+
+# %% ../../nbs/pool/32_legacy.ipynb #9949c873
+def convert(
+    inputs,                         # a path or a list of paths: legacy files, or directories of them
+    output,                         # directory of shards to make
+    workers:int=1,                  # processes; each needs about twice the memory of a decompressed file
+    resume:bool=True,               # go on with a conversion that was interrupted; False refuses a directory with anything in it
+    rows_per_shard:int=1_000_000,   # records in a shard, at most
+    board_size:int=None,            # expected rows and columns, None for those of the first file
+    soft_policy:bool=False,         # keep a probability for every cell, in longer records
+    group_by_game:bool=True,        # bring the positions of each game together; False keeps the order of the files
+    game_ids:str='global',          # what an id names: a game in all files ('global') or in its own ('file'); 'none': ids are not used
+    source_number:int=0,            # 0 … 255, goes into the records
+    limit_bytes:int=LIMIT_BYTES,    # most decompressed bytes allowed for a file
+    show:bool=False,                # a progress bar
+):                                  # the `ShardDirectory`
+    "Convert legacy files to a directory of shards; every example is checked"
+    files, output = find_legacy_files(inputs), Path(output)
+    options = _options(board_size, soft_policy, game_ids, source_number)
+    if type(rows_per_shard) is not int or rows_per_shard < 1: raise bad_value('rows_per_shard', rows_per_shard, 'a positive integer')
+    sizes = [[file.name, file.stat().st_size] for file in files]
+    wanted = dict(options, group_by_game=bool(group_by_game), rows_per_shard=rows_per_shard, files=sizes)
+    _check_output(output, resume)
+    if done := _finished(output, wanted): return done
+    (output/WORK).mkdir(parents=True, exist_ok=True)
+    parts, facts = _make_parts(files, output, options, limit_bytes, workers, show)
+    _agree(files, facts, board_size)
+    joined = _Parts(parts)
+    described = [fact | dict(bytes=size) for fact, (_, size) in zip(facts, sizes)]
+    write_json(output/RECORD, wanted | _counted(joined) | dict(files=described))
+    _assemble(joined, output, HexCodec(facts[0]['board_size'], soft_policy), rows_per_shard, group_by_game, f'{len(files)} legacy files')
+    shutil.rmtree(output/WORK)
+    return ShardDirectory.open(output)
