@@ -13,17 +13,18 @@ import torch
 
 from ..core import FormatError, bad_value
 
-# %% ../../nbs/pool/30_codecs.ipynb #5f903487
+# %% ../../nbs/pool/30_codecs.ipynb #44573cd6
 def dtype_to_json(
     dtype,     # structured dtype without objects and holes
 ) -> list:     # of [name, type] or [name, type, shape]
     "The description of a record for a manifest"
     dtype = np.dtype(dtype)
-    if dtype.names is None: raise bad_value('dtype', str(dtype), 'a structured dtype: a list of (name, type)')
+    if not dtype.names: raise bad_value('dtype', str(dtype), 'a structured dtype: a list of (name, type)')
     if dtype.hasobject: raise bad_value('dtype', str(dtype), 'of numbers or text of fixed width, without objects')
-    fields = json.loads(json.dumps(dtype.descr)) if '' not in dict.fromkeys(name for name, *_ in dtype.descr) else None
-    if fields is None or dtype_from_json(fields) != dtype:
-        raise bad_value('dtype', str(dtype), 'without holes', 'Use numpy.lib.recfunctions.repack_fields, or name the filling with a leading underscore.')
+    try: fields = json.loads(json.dumps(dtype.descr))
+    except ValueError: fields = []  # numpy has no description of fields that overlap
+    if dtype_from_json(fields) != dtype:
+        raise bad_value('dtype', str(dtype), 'without holes and overlaps', 'Use numpy.lib.recfunctions.repack_fields, or name the filling with a leading underscore.')
     return fields
 
 
@@ -65,7 +66,7 @@ def _tensor(name, values):
         values = values.astype(f'i{min(8, 2 * width)}')
     return torch.from_numpy(values)
 
-# %% ../../nbs/pool/30_codecs.ipynb #5fd47780
+# %% ../../nbs/pool/30_codecs.ipynb #3a79d1f4
 class RecordCodec:
     "Records of any dtype: a tensor per field, no symmetries; the base of all codecs"
     name = 'records'  # in `CODECS`
@@ -95,7 +96,7 @@ class RecordCodec:
         for path in _leaves(self.dtype):
             values = _values(records, path)
             if values.dtype.kind not in 'fc': continue
-            finite = np.isfinite(values).reshape(len(values), -1).all(1)
+            finite = np.isfinite(values).all(tuple(range(1, values.ndim)))
             if not finite.all():
                 row = int(finite.argmin())
                 raise FormatError(f'row {row}: field {".".join(path)!r} is not finite: {values[row]}. Repair or leave out such rows.')

@@ -67,7 +67,7 @@ def write_shard(
     write_arrays(path, KIND, _header(codec), dict(records=_as_bytes(records)) | ({} if game is None else dict(game=game)))
     return path
 
-# %% ../../nbs/pool/30_shards.ipynb #edbd1519
+# %% ../../nbs/pool/30_shards.ipynb #f3bebbe8
 FORMAT, PACKED_FORMAT, VERSION = 'datatools pool shards', 'datatools pool shards, compressed', 1
 
 
@@ -81,17 +81,25 @@ def shard_files(
     return sorted((path for path in Path(directory).glob(f'*{SUFFIX}') if not path.name.startswith('.')), key=_natural)
 
 
+def _opened(path, codec):
+    "The records of a shard as bytes, and its games or None; another kind of file, or of records, is refused"
+    file = ArrayFile(path, KIND)
+    header = _header(codec)
+    if file.header != header: check_same_config(path, file.header, header)
+    records, game = (file[name] if name in file else None for name in ('records', 'game'))
+    whole = records is not None and records.dtype == np.uint8 and records.shape[1:] == (codec.dtype.itemsize,)
+    if not whole or (game is not None and (game.dtype != np.uint64 or game.shape != records.shape[:1])):
+        raise FormatError(f'{path} is damaged: its arrays are not those of {codec.dtype.itemsize}-byte records.')
+    return records, game
+
+
 def _entry(path, codec):
     "What the manifest says of a shard file"
-    file, header = ArrayFile(path, KIND), _header(codec)
-    check_same_config(path, file.header, header)
-    records, game = file['records'], file['game'] if 'game' in file else None
-    if records.dtype != np.uint8 or records.shape[1:] != (codec.dtype.itemsize,) or (game is not None and game.shape != records.shape[:1]):
-        raise FormatError(f'{path} is damaged: its arrays are not those of {codec.dtype.itemsize}-byte records.')
+    records, game = _opened(path, codec)
     games = None if game is None else len(np.unique(game))
     return dict(name=path.name, rows=len(records), bytes=path.stat().st_size, checksum=hash_file(path), games=games)
 
-
+# %% ../../nbs/pool/30_shards.ipynb #f74962cc
 def finish_directory(
     directory,          # that holds *.records files of one kind
     codec,              # what the records are
@@ -108,7 +116,7 @@ def finish_directory(
     else: Manifest(directory, {}).update(**fields)
     return ShardDirectory.open(directory)
 
-# %% ../../nbs/pool/30_shards.ipynb #842faacc
+# %% ../../nbs/pool/30_shards.ipynb #1caa4c55
 @dataclass(frozen=True)
 class Shard:
     "One shard file as the manifest describes it"
@@ -124,7 +132,7 @@ class Shard:
     def dtype(self): return self.codec.dtype
 
     @cached_property
-    def _place(self): return self._open()['records'].offset  # of the first record in the file
+    def _place(self): return self._open()[0].offset  # of the first record in the file
 
     def __len__(self): return self.rows
 
@@ -136,25 +144,22 @@ class Shard:
         raise MismatchError(f'{self.path} has changed since its manifest was written: {now}. Restore the file, or make the directory again.')
 
     def _open(self):
-        file = ArrayFile(self.path, KIND)
-        check_same_config(self.path, file.header, _header(self.codec))
-        if file['records'].shape != (self.rows, self.dtype.itemsize):
-            raise MismatchError(f'{self.path} has changed since its manifest was written: its records have shape {file["records"].shape}, '
-                                f'not {(self.rows, self.dtype.itemsize)}. Restore the file, or make the directory again.')
-        return file
+        records, game = _opened(self.path, self.codec)
+        if len(records) == self.rows: return records, game
+        raise MismatchError(f'{self.path} has changed since its manifest was written: it has {len(records)} records, not {self.rows}. '
+                            'Restore the file, or make the directory again.')
 
-# %% ../../nbs/pool/30_shards.ipynb #1d60d87f
+# %% ../../nbs/pool/30_shards.ipynb #8bc61693
 @patch
 def records(self: Shard):  # (rows,) structured array, memory-mapped, read-only
     "All records; the map lives as long as the array"
-    return self._open()['records'].view(self.dtype)[:, 0] if self.rows else np.zeros(0, self.dtype)
+    return self._open()[0].view(self.dtype)[:, 0] if self.rows else np.zeros(0, self.dtype)
 
 
 @patch
 def games(self: Shard):  # (rows,) uint64, memory-mapped, read-only; None where games are not known
     "Which game each row belongs to"
-    file = self._open()
-    return file['game'] if 'game' in file else None
+    return self._open()[1]
 
 
 @patch
@@ -174,11 +179,11 @@ def read(self: Shard,
     if count != out.nbytes: raise FormatError(f'{self.path} was truncated while it was read.')
     return out
 
-# %% ../../nbs/pool/30_shards.ipynb #b60ff631
+# %% ../../nbs/pool/30_shards.ipynb #7d1e4161
 def _shards(manifest, codec):
     "The shards of a manifest, whose entries are checked first: it may have been written by a stranger"
-    shards, offset = [], 0
-    for entry in manifest.get('shards') or []:
+    shards, offset, entries = [], 0, manifest.get('shards')
+    for entry in entries if isinstance(entries, list) else []:
         try: name, rows, size, checksum, games = (entry[key] for key in ('name', 'rows', 'bytes', 'checksum', 'games'))
         except (TypeError, KeyError): raise FormatError(f'{manifest.directory/Manifest.name}: not a shard: {entry!r}') from None
         whole = all(type(number) is int and number >= 0 for number in (rows, size, games or 0)) and isinstance(checksum, str)
