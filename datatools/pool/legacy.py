@@ -6,11 +6,11 @@
 __all__ = ['READ_BYTES', 'LINE', 'TWO_LINES', 'UNKNOWN', 'SIZES', 'PREFIX_BYTES', 'PREFIXES', 'PLAIN_DTYPE', 'NDARRAY',
            'STAND_INS', 'ALLOWED', 'LIMIT_BYTES', 'REPAIR', 'KEYS', 'GAME_IDS', 'SUM_TOLERANCE', 'ONE_CELL',
            'BLOCK_ROWS', 'LEGACY_NAME', 'RECORD', 'WORK', 'read_gzip', 'scan_pickle', 'DtypeStandIn', 'ArrayStandIn',
-           'Callable', 'Encoder', 'RestrictedUnpickler', 'restricted_loads', 'winner', 'load_legacy', 'board_size_of',
-           'Block', 'GameNumbers', 'read_block', 'check_boards', 'check_policies', 'convert_file', 'find_legacy_files',
+           'Callable', 'Encoder', 'RestrictedUnpickler', 'restricted_loads', 'load_legacy', 'board_size_of', 'Block',
+           'GameNumbers', 'read_block', 'winner', 'check_boards', 'check_policies', 'convert_file', 'find_legacy_files',
            'game_order', 'convert']
 
-# %% ../../nbs/pool/32_legacy.ipynb #9f7f041d
+# %% ../../nbs/pool/32_legacy.ipynb #2c75f507
 import gzip
 import io
 import os
@@ -28,7 +28,7 @@ from numba import njit
 from ..arrays import ArrayFile
 from ..core import FormatError, Manifest, UsageError, bad_value, check_same_config, config_hash, hash_file, human_bytes, read_json, seed_for, write_json
 from ..jobs import Task, run_tasks
-from .hex import RED_TO_MOVE, RED_WINS, HexCodec, check_board_size
+from .hex import HexCodec, check_board_size, winner_of
 from .shards import KIND, SUFFIX, ShardDirectory, ShardWriter, shard_files, write_shard
 
 # %% ../../nbs/pool/32_legacy.ipynb #7aef8361
@@ -237,24 +237,6 @@ def restricted_loads(
         raise FormatError(f'{name} holds a damaged pickle: {type(error).__name__}: {error}. Copy or make the file again.') from error
     return value
 
-# %% ../../nbs/pool/32_legacy.ipynb #b2f9dcbf
-@njit(cache=True)
-def winner(board):
-    "0, 1 or -1"
-    n = board.shape[1]
-    for colour in range(2):
-        seen = np.zeros((n, n), np.bool_); stack = [(0, 0)]; stack.pop()
-        for k in range(n):
-            r, c = (0, k) if colour == 0 else (k, 0)
-            if board[colour, r, c]: seen[r, c] = True; stack.append((r, c))
-        while len(stack):
-            r, c = stack.pop()
-            if (r if colour == 0 else c) == n - 1: return colour
-            for dr, dc in ((-1, 0), (1, 0), (0, -1), (0, 1), (-1, 1), (1, -1)):
-                a, b = r + dr, c + dc
-                if 0 <= a < n and 0 <= b < n and board[colour, a, b] and not seen[a, b]: seen[a, b] = True; stack.append((a, b))
-    return -1
-
 # %% ../../nbs/pool/32_legacy.ipynb #f321cf18
 LIMIT_BYTES = 4 << 30  # of decompressed content
 
@@ -392,6 +374,13 @@ def read_block(
     if as_tuple: block.to_move[:] = block.board[:, 0].sum((1, 2)) != block.board[:, 1].sum((1, 2))
     return block
 
+# %% ../../nbs/pool/32_legacy.ipynb #32465003
+def winner(
+    board,  # (2, n, n): stones of blue, stones of red
+) -> int:   # 0 blue, 1 red, -1 nobody yet
+    "Who has connected his edges, in the numbers of legacy files"
+    return int(winner_of((board[0] + 2 * board[1]).astype(np.int8).ravel(), board.shape[-1])) - 1
+
 # %% ../../nbs/pool/32_legacy.ipynb #29fada68
 def _cell(board_size, cell): return f'cell (row {cell // board_size}, column {cell % board_size})'
 
@@ -438,7 +427,7 @@ def check_policies(
     _first(block, ~given & ~block.final & (winners < 0), lambda row: 'policy is None, but nobody has won yet', 'Only a final position may be without a policy: give it one or leave it out.')
     _first(block, (winners >= 0) & (winners != block.value), lambda row: f'value is {block.value[row]}, but {("blue", "red")[winners[row]]} has won')
 
-# %% ../../nbs/pool/32_legacy.ipynb #c6fc4007
+# %% ../../nbs/pool/32_legacy.ipynb #771f5bfd
 BLOCK_ROWS = 8192
 
 
@@ -458,23 +447,11 @@ def convert_file(
         block = read_block(examples, start, min(start + BLOCK_ROWS, len(examples)), board_size, path, numbers_of)
         check_boards(block)
         check_policies(block, soft_policy)
-        records.append(_records(block, codec, source_number))
+        records.append(codec.encode(block.board, block.policy, block.value, source_number))
         games.append(block.game)
     game = None if games[0] is None else np.concatenate(games)
     write_shard(part, np.concatenate(records), game, codec)
     return dict(name=Path(path).name, rows=len(examples), board_size=board_size, sha256=file_hash, games=None if game is None else len(np.unique(game)))
-
-
-def _records(block, codec, source_number):
-    "A checked block as records"
-    records = np.zeros(len(block), codec.dtype)
-    stones = np.packbits(block.board.astype(bool).reshape(len(block), 2, -1), axis=2, bitorder='little')
-    records['blue'], records['red'], records['ply'] = stones[:, 0], stones[:, 1], block.board.sum((1, 2, 3))
-    records['policy'] = np.where(block.has_policy, block.policy.argmax(1), codec.no_policy)
-    records['flags'] = block.to_move * RED_TO_MOVE + block.value * RED_WINS
-    records['source'] = source_number
-    if codec.soft_policy: records['soft_policy'] = block.policy
-    return records
 
 # %% ../../nbs/pool/32_legacy.ipynb #5186c259
 LEGACY_NAME = re.compile(r'shuffled_\d+\.pkl\.gz|.+_processed\.pkl\.gz')
