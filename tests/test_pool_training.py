@@ -14,14 +14,16 @@ from made_up_positions import MadeUpPositions
 from torch import nn
 
 from datatools.core import FormatError, LockedError, MismatchError, UsageError, file_lock
-from datatools.pool.training import DivergedError, PolicyValueNet, Trainer, TrainingSettings, load_network, make_network, train
+from datatools.pool.network import PolicyValueNet, load_network, make_network
+from datatools.pool.training import DivergedError, Trainer, TrainingSettings, train
 
 SETTINGS = TrainingSettings(epochs=3, warmup_steps=5, checkpoint_every=4)
 RUN = '''
 import sys, torch
 sys.path.insert(0, {tests!r})
 from made_up_positions import MadeUpPositions
-from datatools.pool.training import TrainingSettings, make_network, train
+from datatools.pool.network import make_network
+from datatools.pool.training import TrainingSettings, train
 torch.set_num_threads(1)
 train(make_network('16x2', 4), MadeUpPositions(delay={delay}), MadeUpPositions(batches=3, seed=1),
       TrainingSettings(epochs=3, warmup_steps=5, checkpoint_every=4), {directory!r}, resume=True, show=False)
@@ -140,9 +142,9 @@ def test_one_directory_one_training(tmp_path):
 
 def test_other_data_are_refused(tmp_path):
     train(make_network('16x2', 4), *datasets(), SETTINGS, tmp_path, show=False)
-    for data, pattern in ((MadeUpPositions(seed=7), 'seed'), (MadeUpPositions(batches=9), 'steps_per_epoch: 12 on disk, 9'),
-                          (MadeUpPositions(batch_size=8), 'batch_size: 16 on disk, 8')):
-        with pytest.raises(MismatchError, match=pattern): train(make_network('16x2', 4), data, None, SETTINGS, tmp_path, resume=True, show=False)
+    for data, pattern in ((MadeUpPositions(seed=7), 'seed'), (MadeUpPositions(batches=9), 'train.batches: 12 on disk, 9'),
+                          (MadeUpPositions(batch_size=8), 'train.batch_size: 16 on disk, 8')):
+        with pytest.raises(MismatchError, match=pattern): train(make_network('16x2', 4), data, datasets()[1], SETTINGS, tmp_path, resume=True, show=False)
     with pytest.raises(MismatchError, match='channels: 16 on disk, 32'):
         train(make_network('32x2', 4), *datasets(), SETTINGS, tmp_path, resume=True, show=False)
 
@@ -160,7 +162,8 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, monkeypatch):
     assert not Path('executed').exists()
 
 
-@pytest.mark.parametrize('damage', [lambda b: b[:len(b) // 2], lambda b: b'', lambda b: b[:100] + bytes(200) + b[300:], lambda b: b'\0' * 4096])
+@pytest.mark.parametrize('damage', [lambda b: b[:len(b) // 2], lambda b: b'', lambda b: b[:100] + bytes(200) + b[300:], lambda b: b'\0' * 4096,
+                                    lambda b: b[:20_000] + bytes([b[20_000] ^ 1]) + b[20_001:]])
 def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     train(make_network('16x2', 4), *datasets(), SETTINGS, tmp_path, show=False)
     path = tmp_path/'checkpoint.pt'

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TUNABLE', 'DEFAULT_SPACE', 'STUDY', 'FORMAT', 'VERSION', 'SAMPLERS', 'PRUNERS', 'check_space', 'suggest',
-           'grid_points', 'Sweep', 'TrialPlan', 'TuningResult', 'open_study', 'run_hyperparameter_tuning']
+           'grid_points', 'Sweep', 'TrialPlan', 'TuningResult', 'open_study', 'run_hyperparameter_tuning',
+           'run_hyperparameter_tuning_current_data']
 
-# %% ../../nbs/pool/38_tuning.ipynb #28e55c49
+# %% ../../nbs/pool/38_tuning.ipynb #c7a7c051
 import html
 import itertools
 import math
@@ -20,9 +21,10 @@ import torch
 from fastcore.basics import patch
 
 from ..core import FormatError, LockedError, Manifest, MismatchError, bad_value, file_lock, seed_for
-from .training import DivergedError, TrainingResult, TrainingSettings, load_network, make_network, score, train
+from .network import load_network, make_network
+from .training import DivergedError, TrainingSettings, create_datasets, score, train
 
-# %% ../../nbs/pool/38_tuning.ipynb #03ae00e7
+# %% ../../nbs/pool/38_tuning.ipynb #601992a3
 TUNABLE = ('network', 'batch_size', 'learning_rate', 'weight_decay', 'value_weight', 'gradient_clip', 'warmup_steps', 'schedule')
 DEFAULT_SPACE = dict(learning_rate=(3e-4, 3e-2, 'log'), weight_decay=(1e-6, 1e-2, 'log'), value_weight=(.25, 4., 'log'))
 
@@ -43,7 +45,7 @@ def check_space(
         if not entry[0] < entry[1] or entry[2:] and entry[0] <= 0:
             raise bad_value(f'space[{name!r}]', entry, 'a range from a smaller to a larger number' + (', both positive' if entry[2:] else ''))
 
-
+# %% ../../nbs/pool/38_tuning.ipynb #0815486f
 def suggest(
     trial,        # of Optuna
     space: dict,  # as `check_space` allows it
@@ -177,7 +179,7 @@ def take(self: Sweep,
         trial.set_user_attr('directory', name)
         return trial, suggest(trial, self.space), self.place(name)
 
-# %% ../../nbs/pool/38_tuning.ipynb #cb26deb3
+# %% ../../nbs/pool/38_tuning.ipynb #6f71c66a
 class _Pruned(Exception): "A trial fell behind"
 
 
@@ -200,7 +202,7 @@ class TrialPlan:
     device: str                  # where to compute
     show: bool                   # a progress bar for each trial
 
-
+# %% ../../nbs/pool/38_tuning.ipynb #42a3c8ce
 @patch
 def run_trial(self: Sweep,
     trial,             # of Optuna
@@ -223,7 +225,7 @@ def run_trial(self: Sweep,
         trial.set_user_attr('error', str(error))
         self.study.tell(trial, state=TrialState.FAIL)
 
-# %% ../../nbs/pool/38_tuning.ipynb #df1c5638
+# %% ../../nbs/pool/38_tuning.ipynb #a0873b69
 @dataclass
 class TuningResult:
     "What a study has found so far"
@@ -252,7 +254,7 @@ class TuningResult:
         widths = [max(map(len, column)) for column in zip(*rows)]
         return '\n'.join('  '.join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
 
-
+# %% ../../nbs/pool/38_tuning.ipynb #3f29b034
 @patch
 def _table(self: TuningResult):
     "Rows of text, the best trial first, the unfinished last"
@@ -348,3 +350,50 @@ def run_hyperparameter_tuning(
             if taken is None: break
             sweep.run_trial(*taken, plan)
     return _result(directory, settings.metric, sweep.study)
+
+# %% ../../nbs/pool/38_tuning.ipynb #2d93934a
+def run_hyperparameter_tuning_current_data(
+    data_dirs,                          # shard directories of Hex positions
+    results_dir,                        # directory of the study, joined if it is there
+    space: dict = None,                 # name -> list of choices, (low, high) or (low, high, 'log'); None for DEFAULT_SPACE
+    trials: int = None,                 # how many the study is to have in all; None with a grid for all points
+    experiments: list = (),             # points of the space to try first
+    sampler: str = 'tpe',               # 'tpe' or 'grid'
+    pruner: str = 'median',             # 'median', 'hyperband' or 'none'
+    settings: TrainingSettings = None,  # for what the space does not name
+    network: str = '32x4',              # size, where the space does not name it
+    batch_size: int = 1024,             # where the space does not name it
+    random_seed: int = 0,               # of proposals, networks and data
+    timeout: float = None,              # seconds after which no new trial is begun
+    device: str = 'cpu',                # where to compute
+    show: bool = True,                  # a progress bar for each trial
+    **data_options,                     # for `create_datasets`: shard_ranges, validation_fraction, max_examples_unaugmented, pool_size …
+) -> TuningResult:
+    "Search for the hyperparameters that learn most from these shards; several processes may do it together"
+    def make_datasets(parameters):
+        return create_datasets(data_dirs, batch_size=parameters.get('batch_size', batch_size), random_seed=random_seed, **data_options)
+    train_dataset, validation_dataset = make_datasets({})
+    board_size = getattr(train_dataset.codec, 'board_size', None)
+    if board_size is None: raise bad_value('data_dirs', [str(path) for path in data_dirs], 'directories of Hex positions', 'For other records use run_hyperparameter_tuning.')
+    data = dict(train=train_dataset.facts(), validation=validation_dataset.facts(), batch_size=batch_size)
+    return run_hyperparameter_tuning(make_datasets, results_dir, space, trials, experiments, sampler, pruner, settings, network, board_size,
+                                     random_seed, data, timeout, device, show)
+
+# %% ../../nbs/pool/38_tuning.ipynb #8a21228a
+@patch
+def plot(self: TuningResult):  # matplotlib figure
+    "The score of every trial over each hyperparameter; those that were ended early are hollow"
+    import matplotlib.pyplot as plt
+    shown = [trial for trial in self.trials if trial['score'] is not None]
+    names = sorted({name for trial in shown for name in trial['parameters']})
+    figure, axes = plt.subplots(1, max(1, len(names)), figsize=(3.2 * max(1, len(names)), 3), layout='constrained', sharey=True, squeeze=False)
+    for axis, name in zip(axes[0], names):
+        values = [trial['parameters'][name] for trial in shown]
+        if any(isinstance(value, str) for value in values): values = [str(value) for value in values]
+        elif min(values) > 0 and max(values) > 20 * min(values): axis.set_xscale('log')
+        faces = ['tab:blue' if trial['state'] == 'complete' else 'none' for trial in shown]
+        axis.scatter(values, [trial['score'] for trial in shown], facecolors=faces, edgecolors='tab:blue')
+        axis.set_xlabel(name.replace('_', ' '))
+    axes[0, 0].set_ylabel(self.metric.replace('_', ' '))
+    plt.close(figure)
+    return figure
