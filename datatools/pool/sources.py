@@ -149,28 +149,29 @@ def shard_groups(
     first = {root: number for number, root in enumerate(dict.fromkeys(roots.tolist()))}
     return np.array([first[root] for root in roots.tolist()], np.int64)
 
-# %% ../../nbs/pool/33_sources.ipynb #d108df2b
+# %% ../../nbs/pool/33_sources.ipynb #3410158e
 def choose_groups(
     rows,            # (groups, directories) integers: records of each group in each directory
     fraction:float,  # wanted for validation, 0 … 1
     rng,             # numpy `Generator`
 ) -> np.ndarray:     # (groups,) bool: goes to validation
     "Groups whose records make up the fraction in each directory, nearly"
-    total = np.maximum(rows.sum(0), 1)
-    share, chosen, held = rows / total, np.zeros(len(rows), bool), np.zeros(len(total))
+    total, chosen = rows.sum(0), np.zeros(len(rows), bool)
+    share, held, left = rows / np.maximum(total, 1), np.zeros(len(total)), total.copy()
     for group in rng.permutation(len(rows)):
-        if ((held + share[group] - fraction)**2).sum() < ((held - fraction)**2).sum() and _keeps_training(share, chosen, group):
-            chosen[group], held = True, held + share[group]
-    for directory in np.flatnonzero((held == 0) & (rows.sum(0) > 0)):
-        candidates = [group for group in np.flatnonzero(rows[:, directory]) if _keeps_training(share, chosen, group)]
-        if candidates: chosen[min(candidates, key=lambda group: (rows[group].sum(), group))] = True
+        nearer = ((held + share[group] - fraction)**2).sum() < ((held - fraction)**2).sum()
+        if nearer and _keeps_training(total, left, rows[group]): chosen[group], held, left = True, held + share[group], left - rows[group]
+    for directory in np.flatnonzero((left == total) & (total > 0)):
+        candidates = [group for group in np.flatnonzero(rows[:, directory]) if not chosen[group] and _keeps_training(total, left, rows[group])]
+        if not candidates or left[directory] < total[directory]: continue
+        group = min(candidates, key=lambda group: (rows[group].sum(), group))
+        chosen[group], left = True, left - rows[group]
     return chosen
 
 
-def _keeps_training(share, chosen, group):
-    "Is something of every directory that takes part left for training if this group goes, too?"
-    left = share[~chosen].sum(0) - share[group]
-    return bool((left[share.any(0)] > 1e-9).all())
+def _keeps_training(total, left, going):
+    "Is something of every directory that takes part left for training if these rows go, too?"
+    return bool(((left - going > 0) | (total == 0)).all())
 
 # %% ../../nbs/pool/33_sources.ipynb #69b4ccb7
 @dataclass(frozen=True)
