@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ..core import FormatError, MismatchError
 from .order import EpochPlan, Share, dealt, largest_remainder, next_directories, permuted
 
-# %% ../../nbs/pool/34_buffer.ipynb #64f322ce
+# %% ../../nbs/pool/34_buffer.ipynb #98813a30
 WINDOW = 4 << 20  # bytes that are asked for ahead and given back at a time
 
 
@@ -35,16 +35,16 @@ class _Reader:
         try:
             with open(shard.path, 'rb') as file: self.map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         except FileNotFoundError: raise MismatchError(f'{shard.path} is gone; it was there when the data set was opened. Bring it back, or open the data set again.') from None
-        if len(self.map) < shard._place + shard.rows * self.itemsize:
+        if len(self.map) < shard.first_byte + shard.rows * self.itemsize:
             raise FormatError(f'{shard.path} was truncated to {len(self.map)} bytes while it was used. Write it again, or leave it out.')
-        self.array = np.frombuffer(self.map, self.dtype, shard.rows * self.words, shard._place).reshape(shard.rows, self.words)
+        self.array = np.frombuffer(self.map, self.dtype, shard.rows * self.words, shard.first_byte).reshape(shard.rows, self.words)
         self.shard, self.marks = number, (0, 0)
         return self.array
 
     def passed(self, row):
         "Rows before this one are not needed any more, those after it soon"
         behind, ahead = self.marks
-        at = (self.shards[self.shard]._place + row * self.itemsize) // WINDOW * WINDOW
+        at = (self.shards[self.shard].first_byte + row * self.itemsize) // WINDOW * WINDOW
         if at + WINDOW > ahead and ahead < len(self.map):
             self.map.madvise(mmap.MADV_WILLNEED, ahead, min(at + 2 * WINDOW, len(self.map)) - ahead)
             ahead = at + 2 * WINDOW

@@ -32,7 +32,7 @@ def _symmetries_of(begin, count, key, symmetries):
     for i in range(count): chosen[i] = _hashed(np.uint64(begin + i), key) * np.uint64(symmetries) >> np.uint64(32)
     return chosen
 
-# %% ../../nbs/pool/35_dataset.ipynb #17fe0a21
+# %% ../../nbs/pool/35_dataset.ipynb #ec77fb40
 class PoolMemoryError(MemoryLimitError):
     "The process grew beyond its limit; `report` says what was measured, `state` is what `load_state_dict` takes to go on"
     def __init__(self, message, report, state):
@@ -66,7 +66,7 @@ class StreamingMixedShardDataset(IterableDataset):
         self.pool_size, self.batch_size, self.order, self.verbose = pool_size, batch_size, order, verbose
         self.refill_threshold = pool_size * 3 // 4 if refill_threshold is None else refill_threshold
         self.max_memory_gb, self.enable_augmentation, self.max_examples_unaugmented = max_memory_gb, enable_augmentation, max_examples_unaugmented
-        self.weights = None if all(source.weight * sum(s.rows for s in self.sources) == source.rows for source in self.sources) or weights == 'rows' else [source.weight for source in self.sources]
+        self.weights = _own_weights(self.sources)
         self.rank, self.world_size = _place_among_ranks(rank, world_size, random_seed)
         self._check()
         self._shared = torch.zeros(2, dtype=torch.int64).share_memory_()  # epoch and start, seen by the workers of a loader
@@ -76,7 +76,7 @@ class StreamingMixedShardDataset(IterableDataset):
 
     def __iter__(self): return self._decoded()
 
-# %% ../../nbs/pool/35_dataset.ipynb #574bca12
+# %% ../../nbs/pool/35_dataset.ipynb #1d23a670
 def _find_sources(data_dirs, shard_ranges, weights):
     "Sources with at least one row"
     if isinstance(data_dirs, (list, tuple)) and data_dirs and all(isinstance(each, Source) for each in data_dirs):
@@ -86,6 +86,11 @@ def _find_sources(data_dirs, shard_ranges, weights):
     found = [source for source in found if source.rows and source.weight]
     if not found: raise bad_value('data_dirs', [str(each) for each in data_dirs], 'directories with at least one record that takes part')
     return found
+
+def _own_weights(sources):
+    "Shares of the directories, None where they are those of their rows"
+    shares, rows = [float(source.weight) for source in sources], np.array([source.rows for source in sources])
+    return None if np.allclose(shares, rows / rows.sum(), rtol=1e-9) else shares
 
 def _checked_codec(codec, written):
     "The codec that decodes, which must be one for what was written"
@@ -286,7 +291,7 @@ def load_state_dict(self:StreamingMixedShardDataset,
     self._shared[0] = state['epoch']
     self._shared[1] = self.position = state['position']
 
-# %% ../../nbs/pool/35_dataset.ipynb #7617e6fb
+# %% ../../nbs/pool/35_dataset.ipynb #80e25c26
 class PoolLoader:
     "A stock `DataLoader` over a dataset, with its position in the stream"
     def __init__(self, dataset, workers, prefetch):
@@ -300,6 +305,7 @@ class PoolLoader:
         dataset = self.dataset
         start = int(dataset._shared[1])
         width = dataset._share(1, 0).width
+        dataset._check_memory(dataset._share(max(1, self.workers), 0), max(1, self.workers))
         for number, batch in enumerate(self.loader):
             if self.workers: dataset._advance(start + number * width, None, start)
             yield batch

@@ -585,11 +585,11 @@ def _check_output(output, resume):
     if output.exists() and shard_files(output) and not (output/RECORD).exists():
         raise bad_value('output', str(output), 'a new directory', f'It holds shards that were not converted: there is no {RECORD}.')
 
-# %% ../../nbs/pool/32_legacy.ipynb #9949c873
+# %% ../../nbs/pool/32_legacy.ipynb #5413daa4
 def convert(
     inputs,                         # a path or a list of paths: legacy files, or directories of them
     output,                         # directory of shards to make
-    workers:int=1,                  # processes; each needs about twice the memory of a decompressed file
+    workers:int=1,                  # processes; each needs about three times the memory of a decompressed file
     resume:bool=True,               # go on with a conversion that was interrupted; False refuses a directory with anything in it
     rows_per_shard:int=1_000_000,   # records in a shard, at most
     board_size:int=None,            # expected rows and columns, None for those of the first file

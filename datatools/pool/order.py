@@ -128,7 +128,7 @@ class EpochPlan:
 
     def rng(self, *path): return rng_for(self.seed, 'pool', self.epoch, *path)
 
-# %% ../../nbs/pool/34_order.ipynb #88bb27a3
+# %% ../../nbs/pool/34_order.ipynb #8cf995dd
 def _rows_by_directory(have, weights, examples):
     "How many rows of every directory an epoch has"
     if weights is None: weights = have
@@ -144,12 +144,14 @@ def _rows_by_directory(have, weights, examples):
 def _divide_shards(self:EpochPlan):
     "Whole stretches and what is left over of every shard"
     rows, chosen = self.shard_rows, np.zeros_like(self.shard_rows)
+    have = np.bincount(self.directory, rows, self.directories).astype(np.int64)[self.directory]
     for d in range(self.directories):
         mine = self.directory == d
-        if self.from_directory[d]: chosen[mine] = largest_remainder(self.from_directory[d], rows[mine])
-    chosen = np.minimum(chosen, rows)
+        exact = self.from_directory[d] * (np.cumsum(rows[mine]) / max(1, rows[mine].sum()))
+        steps = np.floor(exact + (self.rng('part', d).random() if self.from_directory[d] < rows[mine].sum() else 0) + 1e-6)
+        chosen[mine] = np.diff(steps, prepend=0)
     self.used = chosen                                                                # rows of every shard in this epoch
-    self.first = np.where(chosen < rows, self.epoch * chosen % np.maximum(rows, 1), 0)  # where they begin; after the end comes the beginning
+    self.first = np.where(chosen < rows, self.epoch * self.from_directory[self.directory] * rows // np.maximum(have, 1) % np.maximum(rows, 1), 0)  # where they begin; after the end comes the beginning
     self.stretches = chosen // self.rounds
     self.deck = make_deck(self.rounds, self.rng('deck'))
     self.deal_keys = self.rng('deal').integers(2**63, size=len(rows)).astype(np.uint64)

@@ -132,7 +132,7 @@ class Shard:
     def dtype(self): return self.codec.dtype
 
     @cached_property
-    def _place(self): return self._open()[0].offset  # of the first record in the file
+    def first_byte(self): return self._open()[0].offset  # of the first record in the file
 
     def __len__(self): return self.rows
 
@@ -174,7 +174,7 @@ def read(self: Shard,
     if out.dtype != self.dtype or out.shape != (stop - start,): raise bad_value('out', f'{out.dtype}{out.shape}', f'{self.dtype}{(stop - start,)}')
     if start == stop: return out
     with open(self.path, 'rb') as file:
-        file.seek(self._place + start * self.dtype.itemsize)
+        file.seek(self.first_byte + start * self.dtype.itemsize)
         count = file.readinto(out.view(np.uint8))
     if count != out.nbytes: raise FormatError(f'{self.path} was truncated while it was read.')
     return out

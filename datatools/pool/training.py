@@ -220,16 +220,20 @@ def _better(self: Trainer, line, other):
     new, old = score(line, metric), score(other, metric)
     return new > old if metric.endswith('accuracy') else new < old
 
-# %% ../../nbs/pool/37_training.ipynb #e64ac9dd
+# %% ../../nbs/pool/37_training.ipynb #970397b0
 FORMAT, VERSION = 'datatools pool training', 1
 
 
 @patch
 def config(self: Trainer) -> dict:  # JSON
     "What a training that goes on in the same directory must share"
-    network = self.model.facts() if hasattr(self.model, 'facts') else dict(kind=type(self.model).__name__)
     data = dict(train=_facts(self.train_dataset), validation=None if self.validation_dataset is None else _facts(self.validation_dataset))
-    return dict(network=network, settings=self.settings.config(), data=data)
+    return dict(network=_network_facts(self.model), settings=self.settings.config(), data=data)
+
+
+def _network_facts(model):
+    "What is needed to build a network again; of a foreign one just what it is"
+    return model.facts() if hasattr(model, 'facts') else dict(kind=type(model).__name__)
 
 
 def _facts(dataset):
@@ -238,12 +242,12 @@ def _facts(dataset):
     facts = inner.facts() if hasattr(inner, 'facts') else {}
     return dict(batches=len(dataset), batch_size=getattr(inner, 'batch_size', None), **facts)
 
-# %% ../../nbs/pool/37_training.ipynb #8ca72001
+# %% ../../nbs/pool/37_training.ipynb #935d35e3
 @patch
 def state_dict(self: Trainer) -> dict:  # tensors, numbers and text
     "Where the training stands"
     generators = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if self.device.type == 'cuda' else [])
-    return dict(network=self.config()['network'], model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+    return dict(network=_network_facts(self.model), model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
                 data=canonical_json(self.train_dataset.state_dict()).decode(), generators=generators, sums=self.sums,
                 history=canonical_json(self.history).decode(), epoch=self.epoch, step=self.step, reported=self.reported,
                 stale=self.stale, seconds=self.seconds)
@@ -264,7 +268,7 @@ def load_state_dict(self: Trainer,
     torch.set_rng_state(state['generators']['cpu'].cpu())
     if self.device.type == 'cuda': torch.cuda.set_rng_state_all([generator.cpu() for generator in state['generators']['cuda']])
 
-# %% ../../nbs/pool/37_training.ipynb #9fc26fd1
+# %% ../../nbs/pool/37_training.ipynb #45807532
 @patch
 def save(self: Trainer,
     best: bool = False,  # whether this is the best network so far
@@ -272,11 +276,13 @@ def save(self: Trainer,
     "Write a checkpoint; does nothing without a directory"
     if self.directory is None: return
     self.check_finite()
-    if best: save_checkpoint(self.directory/'best.pt', dict(network=self.config()['network'], model=self.model.state_dict(), report=canonical_json(self.best).decode()))
+    if best:
+        content = dict(network=_network_facts(self.model), model=self.model.state_dict(), report=canonical_json(self.best).decode())
+        save_checkpoint(self.directory/'best.pt', content)
     with atomic_write(self.directory/'history.jsonl') as file: file.writelines(canonical_json(line) + b'\n' for line in self.history)
     save_checkpoint(self.directory/'checkpoint.pt', self.state_dict())
 
-
+# %% ../../nbs/pool/37_training.ipynb #e6e34096
 @patch
 def prepare(self: Trainer,
     resume: bool = False,  # go on where the directory's checkpoint stands
