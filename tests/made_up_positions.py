@@ -1,10 +1,12 @@
-"""A dataset without files, with the interface of a stream of batches: the tests of training and tuning need no shards."""
+"""Data for the tests of training and tuning: a stream of batches without files, and shards of made-up Hex positions."""
 import time
 
 import numpy as np
 import torch
 
 from datatools.core import MismatchError, rng_for
+from datatools.pool.hex import HexCodec
+from datatools.pool.shards import ShardWriter
 
 
 class MadeUpPositions(torch.utils.data.IterableDataset):
@@ -35,3 +37,17 @@ class MadeUpPositions(torch.utils.data.IterableDataset):
         board[rows, colour, cell // n, cell % n] = 1
         board[:, 2] = (1 - colour)[:, None, None]
         return dict(board=torch.from_numpy(board), policy=torch.from_numpy(cell + n), value=torch.from_numpy(colour[:, None].astype(np.float32)))
+
+
+def write_shards(directory, rows=1200, board_size=4, seed=0, rows_per_shard=200):
+    "Shards of positions with a few stones; the best move is the first empty cell, and red wins where the first cell is red."
+    rng, cells = rng_for(seed, 'shards'), board_size**2
+    order, stones = rng.permuted(np.tile(np.arange(cells), (rows, 1)), axis=1), rng.integers(2, cells // 2, rows)
+    colours = np.zeros((rows, cells), np.int8)
+    for ply in range(stones.max()): colours[np.arange(rows), order[:, ply]] = np.where(ply < stones, 1 + ply % 2, 0)
+    planes = [colours == 1, colours == 2, np.repeat(stones[:, None] % 2, cells, 1)]
+    board = np.stack(planes, 1).reshape(rows, 3, board_size, board_size)
+    codec = HexCodec(board_size)
+    records = codec.encode(board, (colours == 0).argmax(1), (colours[:, 0] == 2).astype(int))
+    with ShardWriter(directory, codec, rows_per_shard) as writer: writer.append(records, np.arange(rows) // 10 + (seed << 32))
+    return directory

@@ -10,18 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_up_positions import MadeUpPositions
+from made_up_positions import MadeUpPositions, write_shards
 from torch import nn
 
 from datatools.core import FormatError, LockedError, MismatchError, UsageError, file_lock
+from datatools.pool.dataset import make_loader
 from datatools.pool.network import PolicyValueNet, load_network, make_network
-from datatools.pool.training import DivergedError, Trainer, TrainingSettings, train
+from datatools.pool.training import DivergedError, Trainer, TrainingSettings, create_datasets, train
 
 SETTINGS = TrainingSettings(epochs=3, warmup_steps=5, checkpoint_every=4)
 RUN = '''
 import sys, torch
 sys.path.insert(0, {tests!r})
 from made_up_positions import MadeUpPositions
+from datatools.pool.dataset import make_loader
 from datatools.pool.network import make_network
 from datatools.pool.training import TrainingSettings, train
 torch.set_num_threads(1)
@@ -180,3 +182,56 @@ def test_no_batch_at_all():
 def test_the_package_is_light_to_import(python):
     done = python('-c', 'import sys, datatools.pool, datatools.pool.tuning; print([m for m in ("optuna", "sqlalchemy", "matplotlib.pyplot") if m in sys.modules])')
     assert done.stdout.strip() == '[]', done.stdout + done.stderr
+
+
+@pytest.fixture(scope='module')
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('shards')
+    return [write_shards(folder/'a', 1200), write_shards(folder/'b', 800, seed=1)]
+
+
+@pytest.mark.parametrize('order', ['rounds', 'sequential'])
+@pytest.mark.parametrize('workers', [0, 2])
+def test_the_stream_of_shards_goes_on_too(tmp_path, shards, order, workers):
+    settings = TrainingSettings(epochs=3, warmup_steps=5, report_every=7, checkpoint_every=1)
+    def data():
+        learn, check = create_datasets(shards, batch_size=64, pool_size=300, order=order, random_seed=4)
+        return make_loader(learn, workers) if workers else learn, check
+    whole = train(make_network('8x1', 4), *data(), settings, show=False)
+    class Stop(Exception): pass
+    class Stopping(Trainer):
+        def learn(self, batch):
+            if self.step == stop: raise Stop
+            super().learn(batch)
+    for stop in (10, len(data()[0]), 40):
+        trainer = Stopping(make_network('8x1', 4), *data(), settings, tmp_path)
+        trainer.prepare(resume=stop != 10)
+        with pytest.raises(Stop): trainer.run(show=False)
+    resumed = train(make_network('8x1', 4), *data(), settings, tmp_path, resume=True, show=False)
+    assert same(resumed.model, whole.model) and resumed.steps == whole.steps == 3 * len(data()[0])
+    assert [(line['train'], line['validation']) for line in resumed.history] == [(line['train'], line['validation']) for line in whole.history]
+
+
+def test_workers_change_nothing(shards):
+    settings = TrainingSettings(epochs=2, warmup_steps=5)
+    def data(workers):
+        learn, check = create_datasets(shards, batch_size=64, pool_size=300, random_seed=4)
+        return make_loader(learn, workers) if workers else learn, check
+    alone, shared = (train(make_network('8x1', 4), *data(workers), settings, show=False) for workers in (0, 2))
+    assert same(alone.model, shared.model)
+
+
+def test_create_datasets(shards, tmp_path):
+    learn, check = create_datasets(shards, batch_size=64, random_seed=4, max_validation_examples=100)
+    assert len(check) == 2 and check.plan.length == 100 and not check.enable_augmentation and learn.enable_augmentation
+    assert [source.rows for source in learn.sources] == [1000, 600]
+    halves, _ = create_datasets(shards, batch_size=64, random_seed=4, weights=[1, 1])
+    assert halves.weights == [.5, .5]
+    apart, other = create_datasets(shards[:1], validation_dirs=shards[1:], validation_shard_ranges=['0-1'], batch_size=64)
+    assert apart.plan.length == 1200 and other.plan.length == 400
+    with pytest.raises(UsageError, match='overlap'): create_datasets(shards, validation_dirs=shards[1:])
+    with pytest.raises(UsageError, match='None without validation_dirs'): create_datasets(shards, validation_shard_ranges=['all'])
+    with pytest.raises(MismatchError, match='data.train.seed: 4 on disk, 5'):
+        for seed in (4, 5):
+            learn, check = create_datasets(shards, batch_size=64, random_seed=seed)
+            train(make_network('8x1', 4), learn, check, TrainingSettings(epochs=1), tmp_path, resume=True, show=False)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_up_positions import MadeUpPositions
+from made_up_positions import MadeUpPositions, write_shards
 
 from datatools.core import FormatError, LockedError, MismatchError, UsageError, file_lock
 from datatools.pool.training import TrainingSettings
-from datatools.pool.tuning import open_study, run_hyperparameter_tuning
+from datatools.pool.tuning import open_study, run_hyperparameter_tuning, run_hyperparameter_tuning_current_data
 
 SPACE = {'learning_rate': (1e-4, 1e-1, 'log'), 'batch_size': [8, 16]}
 SETTINGS = TrainingSettings(epochs=3, warmup_steps=5, checkpoint_every=4)
@@ -150,3 +150,12 @@ def test_a_study_is_of_one_search(tmp_path):
 
 def test_no_new_trial_after_the_time_is_up(tmp_path):
     assert search(tmp_path, 5, timeout=0).trials == []
+
+
+def test_shards(tmp_path):
+    shards, space = [write_shards(tmp_path/'a', 800), write_shards(tmp_path/'b', 600, seed=1)], {'learning_rate': [1e-3, 1e-2], 'batch_size': [32, 64]}
+    options = dict(sampler='grid', settings=TrainingSettings(epochs=2, warmup_steps=3), network='8x1', show=False, pool_size=300)
+    result = run_hyperparameter_tuning_current_data(shards, tmp_path/'study', space, **options)
+    assert len(result.finished) == 4 and result.best_network().board_size == 4
+    with pytest.raises(MismatchError, match='data.train.pool_size: 300 on disk, 200'):
+        run_hyperparameter_tuning_current_data(shards, tmp_path/'study', space, **dict(options, pool_size=200))

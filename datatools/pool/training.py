@@ -364,7 +364,7 @@ def _figures(self: Trainer):
     text = ', '.join(f'{name.replace("_", " ")} {shown[name]:.3f}' for name in ('policy_loss', 'value_loss') if name in shown)
     return f'{text}, best {score(self.best, self.settings.metric):.3f}' if self.best else text
 
-# %% ../../nbs/pool/37_training.ipynb #80efcfe7
+# %% ../../nbs/pool/37_training.ipynb #38522e64
 @dataclass
 class TrainingResult:
     "A trained network and how it came about"
@@ -385,7 +385,7 @@ class TrainingResult:
         if self.directory is None: raise bad_value('directory', None, 'given', 'Train with directory=… to keep the best network.')
         return load_network(self.directory/'best.pt')
 
-
+# %% ../../nbs/pool/37_training.ipynb #38512938
 def train(
     model: nn.Module,                   # is trained in place
     train_dataset,                      # yields batches, as `create_datasets` makes it

@@ -351,7 +351,7 @@ def run_hyperparameter_tuning(
             sweep.run_trial(*taken, plan)
     return _result(directory, settings.metric, sweep.study)
 
-# %% ../../nbs/pool/38_tuning.ipynb #2d93934a
+# %% ../../nbs/pool/38_tuning.ipynb #da032d66
 def run_hyperparameter_tuning_current_data(
     data_dirs,                          # shard directories of Hex positions
     results_dir,                        # directory of the study, joined if it is there
@@ -372,7 +372,7 @@ def run_hyperparameter_tuning_current_data(
     "Search for the hyperparameters that learn most from these shards; several processes may do it together"
     def make_datasets(parameters):
         return create_datasets(data_dirs, batch_size=parameters.get('batch_size', batch_size), random_seed=random_seed, **data_options)
-    train_dataset, validation_dataset = make_datasets({})
+    train_dataset, validation_dataset = make_datasets(dict(batch_size=1))
     board_size = getattr(train_dataset.codec, 'board_size', None)
     if board_size is None: raise bad_value('data_dirs', [str(path) for path in data_dirs], 'directories of Hex positions', 'For other records use run_hyperparameter_tuning.')
     data = dict(train=train_dataset.facts(), validation=validation_dataset.facts(), batch_size=batch_size)
