@@ -13,10 +13,11 @@ import typer
 
 from . import __version__
 
-# %% ../nbs/90_cli.ipynb #594dbf21
+# %% ../nbs/90_cli.ipynb #934bdd06
 TOOLS = dict(
     groove='Train n-gram models of drum grooves on corpora of any size, evaluate them, and sample grooves with feel.',
     stft='Precompute the STFTs of audio files into LMDB stores that training reads at memory speed.',
+    pool='Mix millions of game positions from many shard directories, train on them, and search for hyperparameters.',
     vst='Render random settings of a synth plugin to chunked HDF5, in parallel and resumable, and look at the result.')
 
 
