@@ -19,7 +19,7 @@ from scipy.special import bdtr, bdtrc, kolmogorov
 
 from ..core import bad_value, rng_for
 
-# %% ../../nbs/pool/36_report.ipynb #61e1b673
+# %% ../../nbs/pool/36_report.ipynb #106afd32
 def _numbers(values, name, rows=None):
     "A one-dimensional array of non-negative integers, or an error that says what else it is"
     values = np.asarray(values)
@@ -57,12 +57,12 @@ class Stream:
     @property
     def shards(self): return max(int(self.shard.max(initial=0)) + 1, *(len(each) for each in (self.directory, self.shard_rows) if each is not None), 0)
 
-
+# %% ../../nbs/pool/36_report.ipynb #c0e1bf13
 def _small(row):
     if (most := int(row.max(initial=0))) >= 1 << 32: raise bad_value('row', most, 'below 2**32')
     return row.astype(np.uint32, copy=False)
 
-# %% ../../nbs/pool/36_report.ipynb #b4810d55
+
 def collect_stream(
     batches,           # iterable of integer arrays (rows of the batch, 2): number of the shard, row within it
     directory=None,    # (shards,) number of the directory of each shard
@@ -509,7 +509,7 @@ def facts(
     measures = {name: {key: plain(value) for key, value in each._asdict().items()} for name, each in self.measures.items()}
     return dict(rows=self.rows, shards=self.shards, batch=self.batch, measures=measures)
 
-# %% ../../nbs/pool/36_report.ipynb #e93e32c8
+# %% ../../nbs/pool/36_report.ipynb #13891046
 @patch
 def plot(
     self:MixReport,
@@ -539,7 +539,7 @@ def _plot_parts(self:MixReport, axis, colours, most=64):
     axis.stackplot(places, np.repeat(shares, 2, axis=0).T, colors=colours(np.linspace(0, 1, shares.shape[1])), edgecolor='none')
     axis.set(xlim=(0, 1), ylim=(0, 1), xlabel='epoch', ylabel='share of shards')
 
-
+# %% ../../nbs/pool/36_report.ipynb #6980dc61
 @patch
 def _plot_windows(self:MixReport, axis):
     "Histograms of χ²/dof, on a logarithmic scale"
