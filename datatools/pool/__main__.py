@@ -96,7 +96,7 @@ def convert_command(
         made = convert(inputs, output_dir, workers, resume, rows_per_shard, board_size, soft_policy, group_by_game, game_ids.value, show=show_progress)
         show(facts_of(made), as_json)
 
-# %% ../../nbs/pool/39_main.ipynb #b75f73b6
+# %% ../../nbs/pool/39_main.ipynb #2a00a5fd
 def facts_of(
     directory:ShardDirectory,
 ) -> dict:
@@ -113,7 +113,7 @@ def inspect_command(
     as_json:Json = False,
 ):
     "Say what a directory of shards holds, without reading it."
-    with clear_errors(options=dict(directory='DIR')):
+    with clear_errors(options=dict(directory='DIR', path='DIR')):
         opened = ShardDirectory.open(directory)
         facts = facts_of(opened)
         if row is not None: facts['record'] = record_of(opened, row)
@@ -134,24 +134,24 @@ def record_of(
 @app.command('verify')
 def verify_command(directory:Directory, show_progress:Progress = None, as_json:Json = False):
     "Read everything: checksums, and every record against the rules of its kind."
-    with clear_errors(options=dict(directory='DIR')):
+    with clear_errors(options=dict(directory='DIR', path='DIR')):
         opened = ShardDirectory.open(directory)
         opened.verify(show=show_progress)
         show(dict(facts_of(opened), sound=True), as_json)
 
-# %% ../../nbs/pool/39_main.ipynb #d352005c
+# %% ../../nbs/pool/39_main.ipynb #be81bebe
 @app.command('compress')
 def compress_command(directory:Directory, output_dir:Output = ..., show_progress:Progress = None, as_json:Json = False):
     "Pack a directory with zstd, to be sent somewhere."
     from datatools.pool.shards import compress_directory
-    with clear_errors(options=dict(directory='DIR', output='--output-dir')): show(dict(path=str(compress_directory(directory, output_dir, show=show_progress))), as_json)
+    with clear_errors(options=dict(directory='DIR', path='DIR', output='--output-dir')): show(dict(path=str(compress_directory(directory, output_dir, show=show_progress))), as_json)
 
 
 @app.command('decompress')
 def decompress_command(directory:Directory, output_dir:Output = ..., show_progress:Progress = None, as_json:Json = False):
     "Unpack what `compress` packed; the shards are the same to the byte."
     from datatools.pool.shards import decompress_directory
-    with clear_errors(options=dict(directory='DIR', output='--output-dir')): show(facts_of(decompress_directory(directory, output_dir, show_progress)), as_json)
+    with clear_errors(options=dict(directory='DIR', path='DIR', output='--output-dir')): show(facts_of(decompress_directory(directory, output_dir, show_progress)), as_json)
 
 # %% ../../nbs/pool/39_main.ipynb #0ffdd3c7
 @app.command('mix-report')
