@@ -19,7 +19,7 @@ from scipy.special import bdtr, bdtrc, kolmogorov
 
 from ..core import bad_value, rng_for
 
-# %% ../../nbs/pool/36_report.ipynb #106afd32
+# %% ../../nbs/pool/36_report.ipynb #064678d2
 def _numbers(values, name, rows=None):
     "A one-dimensional array of non-negative integers, or an error that says what else it is"
     values = np.asarray(values)
@@ -29,6 +29,11 @@ def _numbers(values, name, rows=None):
     return values
 
 
+def _small(row):
+    if (most := int(row.max(initial=0))) >= 1 << 32: raise bad_value('row', most, 'below 2**32')
+    return row.astype(np.uint32, copy=False)
+
+# %% ../../nbs/pool/36_report.ipynb #61a56ca4
 @dataclass
 class Stream:
     "Rows in the order in which a loader gave them"
@@ -57,12 +62,7 @@ class Stream:
     @property
     def shards(self): return max(int(self.shard.max(initial=0)) + 1, *(len(each) for each in (self.directory, self.shard_rows) if each is not None), 0)
 
-# %% ../../nbs/pool/36_report.ipynb #c0e1bf13
-def _small(row):
-    if (most := int(row.max(initial=0))) >= 1 << 32: raise bad_value('row', most, 'below 2**32')
-    return row.astype(np.uint32, copy=False)
-
-
+# %% ../../nbs/pool/36_report.ipynb #b4810d55
 def collect_stream(
     batches,           # iterable of integer arrays (rows of the batch, 2): number of the shard, row within it
     directory=None,    # (shards,) number of the directory of each shard
