@@ -364,7 +364,7 @@ def _figures(self: Trainer):
     text = ', '.join(f'{name.replace("_", " ")} {shown[name]:.3f}' for name in ('policy_loss', 'value_loss') if name in shown)
     return f'{text}, best {score(self.best, self.settings.metric):.3f}' if self.best else text
 
-# %% ../../nbs/pool/37_training.ipynb #38522e64
+# %% ../../nbs/pool/37_training.ipynb #26ca85db
 @dataclass
 class TrainingResult:
     "A trained network and how it came about"
@@ -379,6 +379,8 @@ class TrainingResult:
 
     @property
     def score(self) -> float: return score(self.best, self.metric)
+
+    def __repr__(self): return f'TrainingResult({self.steps} steps, {self.epochs} epochs, best {self.metric} {self.score:.4g} after step {self.best["step"]})'
 
     def best_network(self):
         "The best network, from its file"

@@ -225,7 +225,7 @@ def run_trial(self: Sweep,
         trial.set_user_attr('error', str(error))
         self.study.tell(trial, state=TrialState.FAIL)
 
-# %% ../../nbs/pool/38_tuning.ipynb #a0873b69
+# %% ../../nbs/pool/38_tuning.ipynb #b68aa24e
 @dataclass
 class TuningResult:
     "What a study has found so far"
@@ -248,6 +248,8 @@ class TuningResult:
     def best_network(self):
         "The best network of the best trial"
         return load_network(self.directory/'trials'/self.best['directory']/'best.pt')
+
+    def __repr__(self): return f'TuningResult({len(self.trials)} trials, {len(self.finished)} of them complete, by {self.metric})'
 
     def __str__(self):
         rows = self._table()
