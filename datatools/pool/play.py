@@ -6,18 +6,17 @@
 __all__ = ['FAR', 'SOURCES', 'MOST_SOLVED', 'SURE', 'distances', 'game_records', 'play_games', 'GameSource', 'make_shards',
            'solve', 'winning_moves']
 
-# %% ../../nbs/pool/31_play.ipynb #bb63413b
+# %% ../../nbs/pool/31_play.ipynb #6cc6c04a
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from fastcore.basics import patch
 from numba import njit
 
-from ..core import DatatoolsError, MismatchError, UsageError, bad_value, rng_for
+from ..core import DatatoolsError, MismatchError, bad_value, rng_for
 from ..jobs import run_tasks
-from .hex import RED_TO_MOVE, RED_WINS, HexBoard, HexCodec, check_board_size, find_root, place_stone, winner_of
-from .shards import ShardDirectory, finish_directory, write_shard
+from .hex import RED_TO_MOVE, RED_WINS, HexBoard, HexCodec, find_root, place_stone
+from .shards import finish_directory, write_shard
 
 # %% ../../nbs/pool/31_play.ipynb #9cd27c2b
 FAR = 10_000  # no way
@@ -301,7 +300,7 @@ def _connected(cells, size, colour, parent, used):
         if used[cell] and find_root(parent, used[cell] - 1) != root: used[cell] = 0
     return root == find_root(parent, size*size + 2*(colour - 1) + 1)
 
-# %% ../../nbs/pool/31_play.ipynb #dcffb8d3
+# %% ../../nbs/pool/31_play.ipynb #9fcc4bbc
 @njit(cache=True, nogil=True)
 def _place_in_table(cells, colour, table):
     "The key of a position or its rotation, whichever is less, and where it belongs in the table"
@@ -328,6 +327,7 @@ def _wins_after(cells, size, move, colour, parent, used):
 @njit(cache=True, nogil=True)
 def _candidates(cells, size, colour, parent, used, score, distance, queue):
     "Into `score` (n·n,) how promising each cell is, the less the better, `FAR` if it cannot help; gives back whether one wins at once"
+    if _connected(cells, size, colour, parent, used): return True
     for side in range(4): _spread(cells, size, 1 + side//2, side % 2, distance[side], queue)
     for cell in range(size*size):
         score[cell] = distance[0, cell] + distance[1, cell] + distance[2, cell] + distance[3, cell] if cells[cell] == 0 else FAR
