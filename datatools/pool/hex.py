@@ -90,7 +90,7 @@ def _ones(builder, bits, masks):
     meet = builder.icmp_unsigned('!=', builder.and_(bits, masks), ir.Constant(LANES, [0]*16))
     return builder.select(meet, ir.Constant(WORDS, [1.]*16), ir.Constant(WORDS, [0.]*16))
 
-# %% ../../nbs/pool/31_hex.ipynb #c9c6e60d
+# %% ../../nbs/pool/31_hex.ipynb #c53fbe77
 @intrinsic
 def _write_row(typing, out, at, bits):
     "Bits 0 … 15 of a word as sixteen floats"
@@ -117,7 +117,7 @@ def _write_column(typing, out, at, rows, first, mask):
         return _store(context, builder, signature.args[0], *arguments[:2], _ones(builder, lanes, _splat(builder, arguments[4])))
     return types.void(out, types.intp, rows, types.intp, types.uint32), generate
 
-
+# %% ../../nbs/pool/31_hex.ipynb #db56caf4
 @intrinsic
 def _write_column_back(typing, out, at, rows, first, mask):
     "The same, the last of the sixteen words first"
@@ -135,7 +135,7 @@ def _write_same(typing, out, at, value):
         return _store(context, builder, signature.args[0], *arguments[:2], _splat(builder, arguments[2]))
     return types.void(out, types.intp, types.float32), generate
 
-# %% ../../nbs/pool/31_hex.ipynb #efc0af66
+# %% ../../nbs/pool/31_hex.ipynb #c967ae8a
 @intrinsic
 def _read_word(typing, data, at):
     "The 64 bits that begin at a byte, wherever it is"
@@ -158,7 +158,7 @@ def _take_rows(data, at, size, step, offset, shift, rows):
                 rows[16 + 48*colour + step*group + row] = np.uint32(word)
                 word >>= np.uint64(size)
 
-
+# %% ../../nbs/pool/31_hex.ipynb #e5dd658e
 @njit(cache=True, nogil=True)
 def _write_columns(out, at, rows, first, size, part, symmetry):
     "Sixteen columns of a plane that begins at float `at`, from column `part` on"
@@ -179,7 +179,7 @@ def _write_constant(out, at, cells, value):
     last = max(cells - 16, 0)
     for part in range(0, cells, 16): _write_same(out, at + min(part, last), np.float32(value))
 
-
+# %% ../../nbs/pool/31_hex.ipynb #5ae60cad
 @njit(cache=True, nogil=True)
 def _write_policy(out, at, cells, cell):
     "One cell of probability 1; none if `cell` is not on the board"
@@ -232,7 +232,7 @@ class HexCodec(RecordCodec):
 
 CODECS['hex'] = lambda facts: HexCodec(facts['board_size'], facts['soft_policy'])
 
-# %% ../../nbs/pool/31_hex.ipynb #e47ef05e
+# %% ../../nbs/pool/31_hex.ipynb #12998a3f
 def _checked_symmetry(symmetry, rows):
     "A symmetry for every row as uint8"
     if symmetry is None: return np.zeros(rows, np.uint8)
@@ -254,7 +254,7 @@ def _target(out, name, shape, dtype=torch.float32):
         raise bad_value(f'out[{name!r}]', f'{array.dtype}{array.shape}', f'{expected}{tuple(shape)}, contiguous and writable')
     return out[name], array.reshape(-1)
 
-
+# %% ../../nbs/pool/31_hex.ipynb #b83a8fe3
 @patch
 def _own(self: HexCodec, records):
     "Records of this codec, one after the other in memory"
@@ -460,7 +460,7 @@ class HexBoard:
         elif isinstance(move, (int, np.integer)) and 0 <= move < self.size**2: return int(move)
         raise bad_value('move', move, f'a cell from a1 to {cell_name(self.size**2 - 1, self.size)}, or its number from 0 to {self.size**2 - 1}')
 
-# %% ../../nbs/pool/31_hex.ipynb #75bc7760
+# %% ../../nbs/pool/31_hex.ipynb #81426e56
 @patch(as_prop=True)
 def cells(self: HexBoard) -> np.ndarray:  # (n·n,) int8: 0 empty, 1 blue, 2 red
     "The stones by cell"
@@ -486,7 +486,7 @@ def legal_moves(self: HexBoard) -> list:  # of cells
     "The empty cells; none when the game is over"
     return [] if self.winner else np.flatnonzero(self.cells == 0).tolist()
 
-
+# %% ../../nbs/pool/31_hex.ipynb #2f0588db
 @patch
 def play(self: HexBoard,
     *moves,          # cells, as numbers or names
