@@ -1,6 +1,6 @@
 """The peers that `benchmarks.pool` compares with: the same fixed-width records, shuffled, in batches, in one process.
 
-    python -m benchmarks.pool_peers               # what each gives, in which every row must come once; about a minute
+    python -m benchmarks._pool_peers              # what each gives, in which every row must come once; about a minute
 
 A peer is a class with the names of the modules it needs, `write(folder, records)`, and readers `Peer(folder, batch, seed)`
 that give an epoch in a new order each time it is asked for: `raw()`, batches of packed records, and `dense()`, batches of
