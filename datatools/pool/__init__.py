@@ -5,9 +5,12 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/pool/00_overview.ipynb #e361fe43
+# %% ../../nbs/pool/00_overview.ipynb #cb5cb7bb
 from .codecs import RecordCodec
+from .dataset import StreamingMixedShardDataset, make_loader
+from .hex import HexCodec
 from .shards import ShardDirectory, ShardWriter
+from .sources import discover_and_split_multiple_data
 
-# %% ../../nbs/pool/00_overview.ipynb #b61e5064
-__all__ = ['RecordCodec', 'ShardDirectory', 'ShardWriter']
+# %% ../../nbs/pool/00_overview.ipynb #3a2a2089
+__all__ = ['HexCodec', 'RecordCodec', 'ShardDirectory', 'ShardWriter', 'StreamingMixedShardDataset', 'discover_and_split_multiple_data', 'make_loader']

@@ -16,8 +16,8 @@ from fastcore.basics import patch
 from ..core import FormatError, MismatchError
 from .order import EpochPlan, Share, dealt, largest_remainder, next_directories, permuted
 
-# %% ../../nbs/pool/34_buffer.ipynb #98813a30
-WINDOW = 4 << 20  # bytes that are asked for ahead and given back at a time
+# %% ../../nbs/pool/34_buffer.ipynb #cd83d213
+WINDOW = 4 << 20  # bytes that are given back at a time
 
 
 class _Reader:
@@ -25,7 +25,7 @@ class _Reader:
     def __init__(self, shards, itemsize):
         whole = itemsize % 8 == 0  # array files begin at a multiple of 64 bytes
         self.shards, self.itemsize, self.dtype = shards, itemsize, np.dtype('<u8' if whole else 'u1')
-        self.words, self.shard, self.map, self.array, self.marks = itemsize // self.dtype.itemsize, None, None, None, (0, 0)
+        self.words, self.shard, self.map, self.array, self.mark = itemsize // self.dtype.itemsize, None, None, None, 0
 
     def open(self, number):
         "The records of a shard; the one before is closed"
@@ -38,23 +38,20 @@ class _Reader:
         if len(self.map) < shard.first_byte + shard.rows * self.itemsize:
             raise FormatError(f'{shard.path} was truncated to {len(self.map)} bytes while it was used. Write it again, or leave it out.')
         self.array = np.frombuffer(self.map, self.dtype, shard.rows * self.words, shard.first_byte).reshape(shard.rows, self.words)
-        self.shard, self.marks = number, (0, 0)
+        self.map.madvise(mmap.MADV_SEQUENTIAL)
+        self.shard, self.mark = number, 0
         return self.array
 
     def passed(self, row):
-        "Rows before this one are not needed any more, those after it soon"
-        behind, ahead = self.marks
+        "Rows before this one are not needed any more"
         at = (self.shards[self.shard].first_byte + row * self.itemsize) // WINDOW * WINDOW
-        if at + WINDOW > ahead and ahead < len(self.map):
-            self.map.madvise(mmap.MADV_WILLNEED, ahead, min(at + 2 * WINDOW, len(self.map)) - ahead)
-            ahead = at + 2 * WINDOW
-        if behind < at: self.map.madvise(mmap.MADV_DONTNEED, behind, at - behind)
-        self.marks = max(behind, at), ahead
+        if at > self.mark: self.map.madvise(mmap.MADV_DONTNEED, self.mark, at - self.mark)
+        self.mark = max(at, self.mark)
 
     def close(self):
         self.array = self.map = self.shard = None  # the map goes with the last array that looks into it
 
-# %% ../../nbs/pool/34_buffer.ipynb #f292d455
+# %% ../../nbs/pool/34_buffer.ipynb #747e3e76
 BLOCK = 1024
 NOT_OURS = np.uint32(0xFFFFFFFF)
 
@@ -91,13 +88,17 @@ def _load(records, number_of_shard, first, listed, stretch, stretches, key, deck
 
 
 @njit(cache=True, nogil=True)
-def _take(out, turns, cursor, place, pool, free, n_free):
-    "Copy the next rows of the directories `turns` out of the pool; their slots are added to `free`"
-    for i in range(len(turns)):
+def _take(out, turns, had, step, now, cursor, place, pool, free, n_free):
+    """Copy the next rows out of the pool; their slots are added to `free`. Their directories are those of `turns`, or, where
+    that is empty, the next ones that have their turn at row `now` of the epoch"""
+    if not len(turns):
+        turns = np.empty(len(out), np.uint16)
+        next_directories(had, step, now, turns)
+    for i in range(len(out)):
         at = cursor[turns[i]]
         cursor[turns[i]] = at + 1
         free[n_free + i] = place[at]
-    for i in range(len(turns)):
+    for i in range(len(out)):
         slot = free[n_free + i]
         for word in range(pool.shape[1]): out[i, word] = pool[slot, word]
 
@@ -126,7 +127,10 @@ def _find_ours(had, step, begin, end, offsets, start, width, groups, workers, wo
             seen[d] += 1
     return count, mine
 
-# %% ../../nbs/pool/34_buffer.ipynb #c7bd8e14
+# %% ../../nbs/pool/34_buffer.ipynb #0f916701
+_ALL, _IN_TURN, _DEALT = np.empty(0, np.uint32), np.empty(0, np.uint16), np.empty(0, np.int64)  # empty: nothing is listed, it follows from the plan
+
+
 class _Round:
     "One round of an epoch, for one share of the stream"
     def __init__(self, plan:EpochPlan, number:int, share:Share, place):
@@ -135,7 +139,7 @@ class _Round:
         self.had, self.sizes = plan.counts[number].copy(), np.diff(plan.counts[number:number + 2], axis=0)[0]
         self.offsets = np.cumsum(self.sizes) - self.sizes
         self.keys = [plan.rng('order', number, d).integers(2**63, size=4).astype(np.uint64) for d in range(plan.directories)]
-        self.ours, self.turns, counts, self.taken = np.empty(0, np.uint32), None, self.sizes, 0
+        self.ours, self.turns, counts, self.taken = _ALL, _IN_TURN, self.sizes, 0
         if not share.is_everything or share.start > self.begin: counts = self._find_ours(share)
         self.left = int(counts.sum())
         self.bases = np.cumsum(counts) - counts
@@ -152,10 +156,9 @@ class _Round:
 
     def _parts(self):
         "Directory, shard, number of stretches, rows where they are listed: everything this round reads, in order"
-        nothing = np.empty(0, np.int64)
         for d in np.flatnonzero(self.sizes):
             mine = np.flatnonzero((self.plan.directory == d) & (self.plan.stretches > 0))
-            for shard in mine: yield d, shard, int(self.plan.stretches[shard]), nothing
+            for shard in mine: yield d, shard, int(self.plan.stretches[shard]), _DEALT
             rest = self.plan.rest_of_round(self.number, d)
             for shard in np.unique(rest[:, 0]):
                 rows = rest[rest[:, 0] == shard, 1]
@@ -165,17 +168,20 @@ class _Round:
         before = getattr(self, 'directory', None)
         self.directory, self.shard, self.stretches, self.listed = next(self.parts, (None, None, 0, None))
         self.stretch = 0
-        if self.directory != before: self.seen = 0
+        if self.directory is None or self.directory == before: return
+        d, self.seen = self.directory, 0
+        self.size, self.key = np.uint64(self.sizes[d]), self.keys[d]
+        self.our_part = self.ours[self.offsets[d]:self.offsets[d] + self.sizes[d]] if len(self.ours) else self.ours
+        self.place_part = self.place[self.bases[d]:]
 
     @property
     def is_loaded(self): return self.directory is None
 
-    def turns_of(self, count):
-        "Directories of the next rows that are taken"
-        if self.turns is not None: turns = self.turns[self.taken:self.taken + count]
-        else: next_directories(self.had, self.plan.step, self.begin + self.taken, turns := np.empty(count, np.uint16))
-        self.taken, self.left = self.taken + count, self.left - count
-        return turns
+    def take(self, out, memory, free, n_free):
+        "The next rows into `out`, their slots into `free`"
+        turns = self.turns[self.taken:self.taken + len(out)]
+        _take(out, turns, self.had, self.plan.step, self.begin + self.taken, self.cursor, self.place, memory, free, n_free)
+        self.taken, self.left = self.taken + len(out), self.left - len(out)
 
 # %% ../../nbs/pool/34_buffer.ipynb #2da86a89
 class Pool:
@@ -221,23 +227,26 @@ def bytes_needed(
     places = slots_needed(plan, share) * (itemsize + 4 * rounds)
     return places + (0 if share.is_everything else int(np.diff(plan.bounds).max()) * 6 * rounds)
 
-# %% ../../nbs/pool/34_buffer.ipynb #27b0e20f
+# %% ../../nbs/pool/34_buffer.ipynb #447bb678
 @patch
 def load(self:Pool, round):
     "Read rows of a round into all free slots"
-    begun = time.perf_counter()
+    begun, plan = time.perf_counter(), self.plan
     while not round.is_loaded and self._has_free():
-        d, shard, plan = round.directory, round.shard, self.plan
-        records = self.memory[:0] if self.numbers_only else self.reader.open(shard)
-        if self.numbers_only: records = np.lib.stride_tricks.as_strided(self.memory, (int(plan.shard_rows[shard]), 1), (0, 8))
-        ours = round.ours[round.offsets[d]:round.offsets[d] + round.sizes[d]] if len(round.ours) else round.ours
-        round.stretch, seen, used = _load(records, int(shard) if self.numbers_only else -1, int(plan.first[shard]), round.listed, round.stretch,
-            round.stretches, plan.deal_keys[shard], plan.deck, round.number, round.seen, np.uint64(round.sizes[d]), round.keys[d], ours,
-            round.place[round.bases[d]:], self.memory, self.free, self.n_free)
+        shard, first = round.shard, plan.first[round.shard]
+        records = self._numbered(shard) if self.numbers_only else self.reader.open(shard)
+        round.stretch, seen, used = _load(records, shard if self.numbers_only else -1, first, round.listed, round.stretch, round.stretches,
+            plan.deal_keys[shard], plan.deck, round.number, round.seen, round.size, round.key, round.our_part, round.place_part,
+            self.memory, self.free, self.n_free)
         round.seen, self.n_free = round.seen + seen, self.n_free - used
-        if not self.numbers_only and not len(round.listed): self.reader.passed((int(plan.first[shard]) + round.stretch * plan.rounds) % plan.shard_rows[shard])
+        if not self.numbers_only and not len(round.listed): self.reader.passed((first + round.stretch * plan.rounds) % plan.shard_rows[shard])
         if round.stretch == round.stretches: round._next_part()
     self.seconds_reading += time.perf_counter() - begun
+
+@patch
+def _numbered(self:Pool, shard):
+    "Something as long as a shard, which is not read"
+    return np.lib.stride_tricks.as_strided(self.memory, (self.plan.shard_rows[shard], 1), (0, 8))
 
 @patch
 def _has_free(self:Pool):
@@ -248,7 +257,7 @@ def _has_free(self:Pool):
         self.unused += self.n_free
     return self.n_free > 0
 
-# %% ../../nbs/pool/34_buffer.ipynb #cce8da2a
+# %% ../../nbs/pool/34_buffer.ipynb #fdba146c
 @patch
 def take(self:Pool,
     count:int,     # rows, not more than are left in the epoch
@@ -259,8 +268,7 @@ def take(self:Pool,
         if not self.round.left: self._turn()
         n = min(count - done, self.round.left, BLOCK * 16)
         if self.n_free + n > len(self.free): self.free = np.resize(self.free, 2 * (self.n_free + n))
-        turns = self.round.turns_of(n)
-        _take(out[done:done + n], turns, self.round.cursor, self.round.place, self.memory, self.free, self.n_free)
+        self.round.take(out[done:done + n], self.memory, self.free, self.n_free)
         if self.next_round is not None:
             self.n_free += n
             self.load(self.next_round)

@@ -171,7 +171,7 @@ def __len__(self:StreamingMixedShardDataset):
     share = Share(self._plan().length, self.batch_size or 1, 0, self.world_size, self.rank)
     return len(share) if self.batch_size or self.world_size > 1 else share.total
 
-# %% ../../nbs/pool/35_dataset.ipynb #4dd36f42
+# %% ../../nbs/pool/35_dataset.ipynb #91ec5347
 @patch
 def _pool(self:StreamingMixedShardDataset, share, workers, numbers_only):
     if not numbers_only: self._check_memory(share, workers)
@@ -198,11 +198,11 @@ def _skip(pool, rows):
     while rows: rows -= len(pool.take(min(rows, 65_536)))
 
 @patch
-def _advance(self:StreamingMixedShardDataset, begin, end, start):
-    "Note that everything before the next batch of all ranks has been given out"
-    done = self._share(1, 0)
-    self.position = min(start + ((begin - start) // done.width + 1) * done.width, done.total) if self.batch_size or self.world_size > 1 else end
-    if done.total - self.position < done.ranks: self.position = done.total
+def _advance(self:StreamingMixedShardDataset, group, start):
+    "Note that all ranks have been given this batch: what is before the next one will not come again"
+    width = (self.batch_size or 1) * self.world_size
+    self.position = start + (group + 1) * width
+    if self.plan.length - self.position < self.world_size: self.position = self.plan.length  # nothing is left for another batch of all
 
 # %% ../../nbs/pool/35_dataset.ipynb #26cdcbb9
 class _Watch:
@@ -223,13 +223,13 @@ class _Watch:
         shares = ', '.join(f'{source.directory.path.name} {rows:,}' for source, rows in zip(dataset.sources, dataset.stats()['rows']))
         print(f'epoch {dataset.epoch}, position {dataset.position:,} of {dataset.plan.length:,}: {shares} {what}', file=sys.stderr)
 
-# %% ../../nbs/pool/35_dataset.ipynb #1e43bdf2
+# %% ../../nbs/pool/35_dataset.ipynb #8f4a641f
 @patch
 def raw_batches(self:StreamingMixedShardDataset):
     "The records as they are: structured arrays (B,), without symmetries; the fastest way"
     start = int(self._shared[1])
-    for begin, end, rows in self._walk():
-        self._advance(begin, end, start)
+    for group, (begin, end, rows) in enumerate(self._walk()):
+        self._advance(group, start) if self.batch_size else self._advance(end - start - 1, start)
         yield rows.view(np.uint8).reshape(-1).view(self.codec.dtype)
     self._rewind()
 
@@ -246,15 +246,15 @@ def _decoded(self:StreamingMixedShardDataset):
     start = int(self._shared[1])
     symmetries = self.codec.symmetries if self.enable_augmentation else 1
     key = np.uint64(rng_for(self.seed, 'pool', self.epoch, 'symmetry').integers(2**63))
-    for begin, end, rows in self._walk():
+    for group, (begin, end, rows) in enumerate(self._walk()):
         records = rows.view(np.uint8).reshape(-1).view(self.codec.dtype)
         decoded = self.codec.decode(records, _symmetries_of(begin, end - begin, key, symmetries) if symmetries > 1 else None)
         if self.batch_size:
-            self._advance(begin, end, start)
+            self._advance(group, start)
             yield decoded
         else:
             for i in range(end - begin):
-                self._advance(begin + i, begin + i + 1, start)
+                self._advance(begin + i - start if self.world_size == 1 else group, start)
                 yield {name: values[i] for name, values in decoded.items()}
     self._rewind()
 
@@ -291,7 +291,7 @@ def load_state_dict(self:StreamingMixedShardDataset,
     self._shared[0] = state['epoch']
     self._shared[1] = self.position = state['position']
 
-# %% ../../nbs/pool/35_dataset.ipynb #80e25c26
+# %% ../../nbs/pool/35_dataset.ipynb #f58fd3be
 class PoolLoader:
     "A stock `DataLoader` over a dataset, with its position in the stream"
     def __init__(self, dataset, workers, prefetch):
@@ -304,10 +304,9 @@ class PoolLoader:
     def __iter__(self):
         dataset = self.dataset
         start = int(dataset._shared[1])
-        width = dataset._share(1, 0).width
         dataset._check_memory(dataset._share(max(1, self.workers), 0), max(1, self.workers))
         for number, batch in enumerate(self.loader):
-            if self.workers: dataset._advance(start + number * width, None, start)
+            if self.workers: dataset._advance(number, start)
             yield batch
         dataset._shared[1] = 0
 

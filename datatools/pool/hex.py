@@ -179,7 +179,7 @@ def _write_constant(out, at, cells, value):
     last = max(cells - 16, 0)
     for part in range(0, cells, 16): _write_same(out, at + min(part, last), np.float32(value))
 
-# %% ../../nbs/pool/31_hex.ipynb #5ae60cad
+# %% ../../nbs/pool/31_hex.ipynb #71623469
 @njit(cache=True, nogil=True)
 def _write_policy(out, at, cells, cell):
     "One cell of probability 1; none if `cell` is not on the board"
@@ -189,22 +189,26 @@ def _write_policy(out, at, cells, cell):
 
 
 @njit(cache=True, nogil=True)
-def _decode(data, itemsize, size, step, offset, shift, moved, symmetry, flags, cell, board, policy, value):
-    "Write board, policy (unless that is empty) and value of all records in the bytes `data`; all flat"
+def _decode(data, itemsize, policy_at, flags_at, size, step, offset, shift, moved, symmetry, board, policy, value):
+    """Write board, policy (unless that is empty) and value of all records in the bytes `data`; all flat. A policy takes the
+    bytes from `policy_at` up to `flags_at`, one or two"""
     rows, cells, dense = np.zeros(112, np.uint32), size*size, len(policy) > 0
-    for record in range(len(flags)):
-        turn, at = np.intp(symmetry[record]), 3*cells*record
+    for record in range(len(symmetry)):
+        turn, at, flags = np.intp(symmetry[record]), 3*cells*record, np.intp(data[record*itemsize + flags_at])
         _take_rows(data, record*itemsize, size, step, offset, shift, rows)
-        value[record] = (flags[record] >> 1 ^ turn >> 1) & 1
-        if dense: _write_policy(policy, cells*record, cells, moved[turn, cell[record]] if cell[record] < cells else -1)
+        value[record] = (flags >> 1 ^ turn >> 1) & 1
+        if dense:
+            cell = np.intp(data[record*itemsize + policy_at])
+            if flags_at > policy_at + 1: cell += np.intp(data[record*itemsize + policy_at + 1]) << 8
+            _write_policy(policy, cells*record, cells, moved[turn, cell] if cell < cells else -1)
         for colour in range(2):
             first = 16 + 48*(colour ^ turn >> 1)
             if size > 16: _write_columns(board, at, rows, first, size, 16, turn)
             _write_columns(board, at, rows, first, size, 0, turn)
             at += cells
-        _write_constant(board, at, cells, (flags[record] ^ turn >> 1) & 1)
+        _write_constant(board, at, cells, (flags ^ turn >> 1) & 1)
 
-# %% ../../nbs/pool/31_hex.ipynb #ef37aae3
+# %% ../../nbs/pool/31_hex.ipynb #a3bcfb5e
 class HexCodec(RecordCodec):
     "Positions of Hex: records to training tensors and back"
     name, symmetries = 'hex', 4
@@ -219,6 +223,7 @@ class HexCodec(RecordCodec):
         self.board_size, self.soft_policy, self.policy, self.cells = int(board_size), bool(soft_policy), policy, board_size**2
         self.no_policy = int(np.iinfo(self.dtype['policy']).max)
         self._moved = symmetry_cells(board_size)
+        self._places = self.dtype.fields['policy'][1], self.dtype.fields['flags'][1]
         self._step = 57//board_size  # rows that are in a word wherever the first begins in its byte
         groups = np.arange(0, self.cells, self._step*board_size)
         first = np.concatenate([groups, groups + 8*self.dtype['blue'].itemsize])  # bits
@@ -254,7 +259,7 @@ def _target(out, name, shape, dtype=torch.float32):
         raise bad_value(f'out[{name!r}]', f'{array.dtype}{array.shape}', f'{expected}{tuple(shape)}, contiguous and writable')
     return out[name], array.reshape(-1)
 
-# %% ../../nbs/pool/31_hex.ipynb #b83a8fe3
+# %% ../../nbs/pool/31_hex.ipynb #1404c83a
 @patch
 def _own(self: HexCodec, records):
     "Records of this codec, one after the other in memory"
@@ -262,6 +267,9 @@ def _own(self: HexCodec, records):
     if (records.dtype is not self.dtype and records.dtype != self.dtype) or records.ndim != 1:
         raise bad_value('records', f'{records.dtype}{records.shape}', f'one-dimensional, of dtype {self.dtype}')
     return np.ascontiguousarray(records)
+
+
+_NOTHING = np.empty(0, np.float32)
 
 
 @patch
@@ -277,7 +285,7 @@ def _move_policy(policy, moved, symmetry, out):
     for row in range(rows):
         for cell in range(cells): out[row*cells + moved[symmetry[row], cell]] = policy[row, cell]
 
-# %% ../../nbs/pool/31_hex.ipynb #6a9f1eee
+# %% ../../nbs/pool/31_hex.ipynb #c1490252
 @patch
 def decode(self: HexCodec,
     records,          # (B,) records of this codec
@@ -292,8 +300,8 @@ def decode(self: HexCodec,
     dense = self.policy == 'dense'
     policy, cells = _target(out, 'policy', (rows, self.cells)) if dense else _target(out, 'policy', (rows,), torch.int64)
     room = planes if size > 3 else np.empty(planes.size + 16, np.float32)  # the last vector of a tiny board ends behind it
-    _decode(records.view(np.uint8), self.dtype.itemsize, size, self._step, self._offset, self._shift, self._moved, symmetry, records['flags'],
-            records['policy'], room, cells if dense and not self.soft_policy else np.empty(0, np.float32), winner)
+    _decode(records.view(np.uint8), self.dtype.itemsize, *self._places, size, self._step, self._offset, self._shift, self._moved, symmetry,
+            room, cells if dense and not self.soft_policy else _NOTHING, winner)
     if size <= 3: planes[:] = room[:planes.size]
     if not dense: cells[:] = self._moved_cell(records['policy'], symmetry)
     elif self.soft_policy: _move_policy(records['soft_policy'].astype(np.float32), self._moved, symmetry, cells)

@@ -60,7 +60,7 @@ def _counts_at(bounds, step, directories):
         counts[i] = had
     return counts
 
-# %% ../../nbs/pool/34_order.ipynb #8c8b0309
+# %% ../../nbs/pool/34_order.ipynb #fd7b67a2
 @njit(cache=True, nogil=True, inline='always')
 def _hashed(x, key):
     "32 random bits of two 64-bit numbers"
@@ -72,21 +72,20 @@ def _hashed(x, key):
 def permuted(begin, size, keys, out):
     "Where the numbers `begin`, `begin + 1`, … go in a permutation of 0 … `size - 1`; `keys` (4,) uint64"
     low = np.uint64(max(16, np.ceil(np.sqrt(size))))
-    high = np.uint64(max(16, (size + low - 1) // low))
-    bits = np.uint64(32)
+    high, bits, none = np.uint64(max(16, (size + low - 1) // low)), np.uint64(32), np.uint64(0)
+    first, second = np.uint64(begin) % low, np.uint64(begin) // low  # the two digits, counted on: a division a row would cost more than all else
     for i in range(len(out)):
-        x = np.uint64(begin + i)
+        lower, upper = first, second
         while True:
-            upper = x // low
-            lower = x - upper * low
             for turn in range(0, 4, 2):
                 lower += _hashed(upper, keys[turn]) * low >> bits
-                lower -= low if lower >= low else np.uint64(0)
+                lower -= low if lower >= low else none
                 upper += _hashed(lower, keys[turn + 1]) * high >> bits
-                upper -= high if upper >= high else np.uint64(0)
-            x = lower + upper * low
-            if x < size: break
-        out[i] = x
+                upper -= high if upper >= high else none
+            if lower + upper * low < size: break
+        out[i] = lower + upper * low
+        first += np.uint64(1)
+        if first == low: first, second = none, second + np.uint64(1)
 
 # %% ../../nbs/pool/34_order.ipynb #0fd866f8
 def make_deck(
