@@ -269,7 +269,7 @@ def _ring(path, count, kind, rounds):
     items, dataset = Items(kind.size, count), PrecomputedSTFTDataset(path)
     with make_loader(dataset, kind.batch, WORKERS, shuffle=True) as ring:
         check_epoch(ring, items, 'datatools')
-        slots = WORKERS * ring.prefetch + 2
+        slots = ring._slots.ring.slots
         stock = DataLoader(dataset, kind.batch, shuffle=True, num_workers=WORKERS, persistent_workers=True)
         check_epoch(stock, items, 'stock DataLoader')
         contestants = dict(memcpy=Memcpy(path, items, kind.batch, slots), ours=partial(consume, ring), stock=(partial(consume, stock), -(-rounds // 2)))

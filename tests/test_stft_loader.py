@@ -115,12 +115,21 @@ def test_keeping_all_batches_warns_once_and_copy_does_not(dataset, workers):
         assert sum(map(numbers, list(loader)), []) == list(range(COUNT))
 
 
-@pytest.mark.parametrize('workers,slots', [(0, 2), (1, 4), (2, 6)])
+@pytest.mark.parametrize('workers,slots', [(0, 2), (1, 19), (2, 16)])  # a worker has two tasks of 6 or 3 small batches
 def test_the_ring_is_used_again(dataset, workers, slots):
     with make_loader(dataset, 4, workers) as loader, warnings.catch_warnings():
         warnings.simplefilter('error')
         places = {batch['large'].data_ptr() for _ in range(2) for batch in loader}
         assert len(places) <= slots == loader._slots.ring.slots
+
+
+@pytest.mark.parametrize('workers,method', WAYS)
+def test_a_large_ring_is_written_past_the_cache(dataset, monkeypatch, workers, method):
+    monkeypatch.setattr('datatools.stft.loader.STREAM_BYTES', 1)
+    monkeypatch.setattr('datatools.stft.loader.TASK_BYTES', 1)  # one batch a task, like batches that are large
+    with make_loader(dataset, 4, workers, shuffle=True, start_method=method) as loader:
+        assert sorted(sum((numbers(batch) for _ in range(2) for batch in loader), [])) == sorted(2 * list(range(COUNT)))
+        assert loader._slots.ring.streams and loader._slots.ring.slots == 2 * workers + 2
 
 
 @pytest.mark.parametrize('workers', [0, 2])
