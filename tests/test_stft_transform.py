@@ -1,5 +1,7 @@
 """Audio files and their STFTs: exact round trips, agreement with librosa and SciPy, and files of every kind of badness."""
+import errno
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -167,6 +169,14 @@ def test_works_in_a_forked_process(python):
     assert found.stdout.strip() == '7', found.stderr
 
 
+def test_audio_that_runs_backwards():
+    audio = sound(5000)
+    audio.flags.writeable = False
+    for turned in (audio[:, ::-1], audio.repeat(2, axis=1)[:, ::-2]):
+        assert (packed_stft(turned, 256, 64)[0] == packed_stft(turned.copy(), 256, 64)[0]).all()
+        assert torch.equal(stft(turned, 256, 64), stft(turned.copy(), 256, 64))
+
+
 def test_read_only_and_stacked_arrays_unpack_without_a_warning():
     packed = [packed_stft(sound(8000, level=10.0**-k), 512, 128) for k in range(3)]
     stacked, scales = np.stack([array for array, _ in packed]), np.array([scale for _, scale in packed])
@@ -234,6 +244,11 @@ def test_configuration():
     for wrong in (dict(windows=(2047,)), dict(windows='2048'), dict(hop_length=0), dict(hop_length=2049), dict(segment_seconds=float('nan')),
                   dict(segment_seconds=-1), dict(channels=True), dict(sample_rate=0), dict(dtype='half')):
         with pytest.raises(UsageError, match=next(iter(wrong))): STFTConfig(**wrong)
+    for wrong in (True, '1', [1]):
+        with pytest.raises(UsageError, match='a number of seconds, or None'): STFTConfig(segment_seconds=wrong)
+    for seconds in (np.float32(2), np.int64(2)):
+        config = STFTConfig(segment_seconds=seconds)
+        assert config == STFTConfig(segment_seconds=2) and type(config.segment_seconds) in (int, float) and json.dumps(config.as_dict())
 
 
 # Audio files
@@ -383,6 +398,39 @@ def test_wrong_parameters(tmp_path):
     with pytest.raises(FormatError, match='has 3 channels, which cannot become 2'): read_audio(path, channels=2)
     with AudioReader(path) as reader:
         with pytest.raises(UsageError, match='frames=0'): [*reader.segments(0)]
+
+
+def with_rate(path, rate):
+    "A WAV file whose header states that sample rate"
+    content = write(path, sound(32_000)).read_bytes()
+    path.write_bytes(content[:24] + rate.to_bytes(4, 'little') + content[28:])
+    return path
+
+
+@pytest.mark.parametrize('rate', [1, 10, 99, 768_001, 2**31 - 1])
+def test_a_sample_rate_that_is_none(tmp_path, rate):
+    for wanted in (None, RATE, 768_000):
+        with pytest.raises(FormatError, match=f'states a sample rate of {rate} Hz; 100 to 768000 Hz are read'): AudioReader(with_rate(tmp_path/'a.wav', rate), wanted)
+
+
+def test_sample_rates_that_are_too_far_apart(tmp_path):
+    path = with_rate(tmp_path/'a.wav', 100)
+    assert read_audio(path)[1] == 100 and read_audio(path, 100)[0].shape == (1, 32_000)
+    assert read_audio(path, 12_800, 1)[0].shape == (1, 32_000 * 128)
+    for rate in (RATE, 768_000):
+        with pytest.raises(FormatError, match=f'100 Hz, which is too far from {rate} Hz'): read_audio(path, rate)
+
+
+def test_trouble_of_the_system_is_not_damage(tmp_path, monkeypatch):
+    "What libsndfile reports as an error of the system, as a network file system that is away gives it"
+    path = write(tmp_path/'a.wav', sound(RATE))
+    def fails(*_, **__): raise soundfile.LibsndfileError(2)
+    with AudioReader(path) as reader:
+        monkeypatch.setattr(soundfile.SoundFile, 'read', fails)
+        with pytest.raises(OSError, match='a.wav') as caught: reader.read()
+    assert caught.value.errno == errno.EIO
+    monkeypatch.setattr(soundfile, 'SoundFile', fails)
+    with pytest.raises(OSError, match='a.wav'): AudioReader(path)
 
 
 @pytest.mark.parametrize('size', [0xFFFFFFFF, 0x7FFFFFFF, 0xFFFFFFFF - 36])
