@@ -23,6 +23,7 @@ be imported is left out with a line that says so; `make bench` installs them (be
 import os
 
 for _name in ('NUMBA_NUM_THREADS', 'OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ.setdefault(_name, '1')
+os.environ.setdefault('PYTHONWARNINGS', 'ignore:resource_tracker')  # Python's helper process tells of semaphores of the processes that **kill** has killed
 
 import argparse
 import hashlib
@@ -445,7 +446,6 @@ def committed(output):
 
 def precompute_process(audio, output, workers):
     "One attempt, with a transaction for every 2 MB, so that there are many"
-    os.environ['PYTHONWARNINGS'] = 'ignore:resource_tracker'  # Python's helper process tells of semaphores that the killed one had
     with mock.patch('datatools.stft.precompute.StoreWriter', partial(StoreWriter, commit_bytes=2 << 20)):
         precompute([audio], output, STFTConfig(segment_seconds=1.0), 0.3, resume=True, options=PrecomputeOptions(workers=workers, show_progress=False))
 

@@ -307,7 +307,7 @@ def sources(self: Environment) -> dict:  # key -> fact, sorted by key
         raise FormatError(f'{self.path}: damaged: a source is not a key and a fact')
     return dict(pairs)
 
-# %% ../../nbs/stft/22_store.ipynb #628c5ddd
+# %% ../../nbs/stft/22_store.ipynb #9821d065
 DURABILITIES = ('fast', 'full')
 
 
@@ -323,7 +323,6 @@ def _create(directory, config, map_size, commit_bytes):
         with env.begin(write=True) as txn:
             databases = [env.open_db(name, txn=txn) for name in NAMES]
             for name, value in values.items(): txn.put(name.encode(), canonical_json(value), db=databases[1])
-        env.sync(True)
     finally: env.close()
     os.replace(new/'data.mdb', directory/'data.mdb')
     (directory/'lock.mdb').touch()
@@ -335,15 +334,25 @@ def _checked_size(name, value, least):
     if isinstance(value, int) and not isinstance(value, bool) and least <= value <= 1 << 46: return value
     raise bad_value(name, value, f'an integer from {least} to {1 << 46} (bytes)')
 
-# %% ../../nbs/stft/22_store.ipynb #e7d39957
-def _keep_freed_memory():
-    "Let the C library use freed memory again instead of giving it back to the kernel (glibc only)"
-    trim_threshold, mmap_threshold = -1, -3  # names of mallopt
-    if hasattr(_c_library(), 'mallopt'):
-        _c_library().mallopt(mmap_threshold, 32 << 20)
-        _c_library().mallopt(trim_threshold, 512 << 20)
+# %% ../../nbs/stft/22_store.ipynb #caa08011
+_keepers = set()
 
-# %% ../../nbs/stft/22_store.ipynb #6e633ff7
+@contextmanager
+def _freed_memory_kept():
+    "Meanwhile the C library uses freed memory again instead of giving it back to the kernel (glibc only)"
+    trim_threshold, mmap_threshold, library, me = -1, -3, _c_library(), object()  # the numbers are names of mallopt
+    if not (hasattr(library, 'mallopt') and hasattr(library, 'malloc_trim')): return (yield)
+    _keepers.add(me)
+    library.mallopt(mmap_threshold, 32 << 20)
+    library.mallopt(trim_threshold, 512 << 20)
+    try: yield
+    finally:
+        _keepers.discard(me)
+        if not _keepers:
+            library.mallopt(trim_threshold, 64 << 20)  # which glibc itself arrives at when an array of 32 MB is freed
+            library.malloc_trim(0)
+
+# %% ../../nbs/stft/22_store.ipynb #a5c5d44b
 class StoreWriter:
     "Writes the items of one store, in order; of several writers only one gets in"
     def __init__(self,
@@ -352,7 +361,7 @@ class StoreWriter:
         map_size: int = 1 << 30,         # bytes of address space to begin with; grows by itself
         durability: str = 'fast',        # what a crash of the system may cost: 'fast' the last transaction, 'full' nothing
         resume: bool = False,            # go on with the store that is there, or begin one
-        commit_bytes: int = 128 << 20,   # bytes of records per transaction; a store that is resumed keeps its own
+        commit_bytes: int = 64 << 20,    # bytes of records per transaction; a store that is resumed keeps its own
     ):
         if durability not in DURABILITIES: raise bad_value('durability', durability, DURABILITIES)
         self.path, self.file, self.durability = Path(path), Path(path)/'data.mdb', durability
@@ -376,7 +385,7 @@ class StoreWriter:
         self.committed, self.is_complete, self.commit_bytes = info.count, info.complete, info.commit_bytes
         self.schema, self.constant_schema = info.schema, info.constant_schema
         if not self.is_complete: (self.path/'lock.mdb').touch()
-        _keep_freed_memory()
+        self._stack.enter_context(_freed_memory_kept())
 
     @property
     def count(self):
@@ -464,17 +473,14 @@ def _put(txn, database, key, value):
     "Write a value, unless it is there already: a page that is not touched is not written"
     if txn.get(key, db=database) != value: txn.put(key, value, db=database)
 
-# %% ../../nbs/stft/22_store.ipynb #3ab5d105
+# %% ../../nbs/stft/22_store.ipynb #649f3b2d
 @patch
 def complete(self: StoreWriter,
     **facts,  # values of JSON, to be found in `StoreInfo.facts`
 ) -> None:
     "Write the rest, force all of it to the disk and declare the store complete"
     if not self.is_complete:
-        self.commit()
-        descriptor = os.open(self.file, os.O_RDONLY)
-        try: os.fsync(descriptor)
-        finally: os.close(descriptor)
+        self._check_open()
         self._write(complete=True, facts=facts)
         self.is_complete = True
     (self.path/'lock.mdb').unlink(missing_ok=True)  # no writer will come any more: readers need no locks
