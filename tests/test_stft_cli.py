@@ -122,7 +122,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
 def test_json_is_all_there_is_on_stdout(corpus, tmp_path):
     done = shell(f'python -m datatools.stft precompute in --output-dir out {" ".join(map(str, SMALL))} --val-fraction 0.4 --json --progress', tmp_path)
     summary = json.loads(done.stdout)
-    assert {*summary} == {'train', 'val', 'items_now', 'seconds', 'times_real_time'}
+    assert {*summary} == {'train', 'val', 'left_out', 'items_now', 'seconds', 'times_real_time'}
     assert summary['train']['items'] + summary['val']['items'] == summary['items_now'] == 12
     assert {**summary['train']['reasons'], **summary['val']['reasons']}.keys() == {'broken.wav'}
     assert 'precompute' in done.stderr and 'file' in done.stderr  # the bar
@@ -245,6 +245,9 @@ def test_a_directory_with_stores(store, corpus, tmp_path):
     before = hash_file(store/'data.mdb')
     for more, code, said in (([], 2, '--output-dir='), (['--resume', '--hop', 32], 1, 'hop_length: 64 on disk, 32 asked for')):
         command('precompute', corpus, '--output-dir', tmp_path/'out', '--val-fraction', 0, *SMALL, *more, code=code, say=said)
+    command('precompute', corpus, '--output-dir', tmp_path/'out', '--val-fraction', 0, *SMALL, '--resume', '--retry-refused', '--skip', 'broken.wav')
+    assert open_store(store).complete and 'broken.wav: was left out by name' in command('info', store)
+    before = hash_file(store/'data.mdb')
     (corpus/'new.wav').touch()
     command('precompute', corpus, '--output-dir', tmp_path/'out', '--val-fraction', 0, *SMALL, '--resume', code=1, say='new.wav: (none) before')
     assert hash_file(store/'data.mdb') == before

@@ -144,3 +144,9 @@ def test_nothing_is_unpickled():
     for module in (records,):
         with open(module.__file__) as file: text = file.read()
         assert 'pickle.load' not in text and 'allow_pickle=True' not in text and 'import pickle' not in text
+
+
+def test_no_record_is_larger_than_what_lmdb_can_hold():
+    many = np.empty(1 << 32, np.uint8)  # takes no memory as long as nobody looks at it
+    with pytest.raises(UsageError, match='at most 4294967295 bytes.*Make several items'): encode_record(0, {'x': many})
+    with pytest.raises(UsageError, match='metadata=.*bytes beside these fields'): encode_record(0, {'x': many[:(1 << 32) - 200]}, {'text': 'x' * 200})

@@ -222,7 +222,7 @@ def test_damage_comes_after_the_segments_before_it(tmp_path):
     (tmp_path/'b.flac').write_bytes(whole[:len(whole) * 3 // 4])
     found = []
     with pytest.raises(FormatError, match='is damaged|is cut off'):
-        for start, _ in audio_segments(tmp_path/'b.flac', STFTConfig(segment_seconds=1)): found.append(start)
+        for start, *_ in audio_segments(tmp_path/'b.flac', STFTConfig(segment_seconds=1)): found.append(start)
     assert found == [float(k) for k in range(len(found))] and 3 <= len(found) < 9
 
 
@@ -301,17 +301,18 @@ def test_segments_are_the_file(tmp_path_factory, samples, frames, least, rate):
             with pytest.raises(FormatError, match='too short'): [*reader.segments(frames, least)]
             return
         segments = [*reader.segments(frames, least)]
-    assert all(segment.shape == (1, frames) for _, segment in segments)
-    assert [start for start, _ in segments] == [k * frames / rate for k in range(len(segments))]
+    assert all(segment.shape == (1, frames) for _, segment, _ in segments)
+    assert [start for start, *_ in segments] == [k * frames / rate for k in range(len(segments))]
     assert len(segments) == total // frames + (total % frames >= least) or frames < least
-    joined = np.concatenate([segment for _, segment in segments], axis=1) if segments else whole[:, :0]
+    joined = np.concatenate([segment for _, segment, _ in segments], axis=1) if segments else whole[:, :0]
     length = min(total, joined.shape[1])
+    assert sum(samples for *_, samples in segments) == length
     assert np.array_equal(joined[:, :length], whole[:, :length]) and not joined[:, length:].any()
 
 
 def test_segments_are_new_arrays(tmp_path):
     path = write(tmp_path/'a.wav', sound(RATE))
-    with AudioReader(path) as reader: first, second, *_ = [segment for _, segment in reader.segments(5000)]
+    with AudioReader(path) as reader: first, second, *_ = [segment for _, segment, _ in reader.segments(5000)]
     assert not np.shares_memory(first, second) and not np.array_equal(first, second)
 
 
@@ -330,7 +331,7 @@ def test_a_segment_holds_at_least_one_window(tmp_path):
     write(tmp_path/'enough.wav', sound(2048))
     write(tmp_path/'rest.wav', sound(22050 + 2047))
     with pytest.raises(FormatError, match='too short: 2047 frames at 44100 Hz, at least 2048'): [*audio_segments(tmp_path/'short.wav', config)]
-    [(start, segment)] = audio_segments(tmp_path/'enough.wav', config)
+    [(start, segment, samples)] = audio_segments(tmp_path/'enough.wav', config)
     assert start == 0 and segment.shape == (1, 22050)
     assert len([*audio_segments(tmp_path/'rest.wav', config)]) == 1
 
@@ -448,7 +449,7 @@ def test_pedalboard_reads_what_soundfile_refuses_and_that_is_said(tmp_path, name
     with AudioReader(tmp_path/f'b.{name}', channels=1) as reader:
         assert reader.facts.reader == 'pedalboard' and 'ormat' in reader.facts.refused
         np.testing.assert_allclose(reader.read(), read_audio(whole)[0], atol=1e-3)
-        assert np.array_equal(np.concatenate([segment for _, segment in reader.segments(4410)], axis=1), reader.read())
+        assert np.array_equal(np.concatenate([segment for _, segment, _ in reader.segments(4410)], axis=1), reader.read())
 
 
 @pytest.mark.parametrize('name', ['a name with spaces.wav', 'Übung – 音.wav', "quote'\".wav", '-.wav'])
@@ -484,7 +485,7 @@ def test_real_audio(shared_data):
     config = STFTConfig(segment_seconds=3)
     for path in files:
         with AudioReader(path) as reader: assert reader.facts.reader == 'soundfile' and not reader.facts.refused
-        for start, audio in audio_segments(path, config):
+        for start, audio, _ in audio_segments(path, config):
             array, scale = packed_stft(audio, 2048, 512)
             assert array.shape == config.shape(2048, config.segment_frames)
             restored = istft(unpack(array, scale), 512, audio.shape[1]).numpy()

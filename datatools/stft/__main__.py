@@ -66,7 +66,7 @@ def _check_sides(summary, output_dir, val_wanted):
     if not train: echo(f'{output_dir}/train.lmdb has no items: all files that could be used validate.', err=True)
     if not val and val_wanted: echo(f'{output_dir}/val.lmdb has no items: choose another share, or name files with --val-list.', err=True)
 
-# %% ../../nbs/stft/29_main.ipynb #c8a149f4
+# %% ../../nbs/stft/29_main.ipynb #30081389
 @app.command('precompute')
 def precompute_command(
     inputs:Inputs,
@@ -84,6 +84,8 @@ def precompute_command(
     keep_audio:Annotated[bool, typer.Option('--keep-audio', help='Store the audio of an item, too.')] = False,
     workers:Annotated[int, typer.Option(help='Processes that decode and transform.')] = 1,
     resume:Annotated[bool, typer.Option('--resume', help='Go on with the stores in output-dir.')] = False,
+    retry_refused:Annotated[bool, typer.Option('--retry-refused', help='With --resume: try the refused files again; nobody may read the stores meanwhile.')] = False,
+    skip:Annotated[Optional[List[str]], typer.Option(help='Name of a file to be refused, whatever it holds; may be repeated.')] = None,
     map_size:Annotated[int, typer.Option(help='First guess of the size of a store, bytes; it grows by itself.')] = 1 << 30,
     durability:Annotated[Durability, typer.Option(help='fast: a kill loses nothing, a power cut the last commits. full: neither does.')] = 'fast',
     device:Annotated[str, typer.Option(help='cpu or cuda.')] = 'cpu',
@@ -96,7 +98,7 @@ def precompute_command(
     with clear_errors('Interrupted. What was committed is safe: the same command with --resume goes on from there.', options):
         config = STFTConfig(sample_rate, _windows(n_fft, win), hop, 1 if mono else 2, segment_seconds, dtype.value)
         how = PrecomputeOptions(workers, device, durability.value, map_size, timeout, show_progress)
-        summary = precompute(inputs, output_dir, config, val_fraction, val_list, metadata, keep_audio, resume, how)
+        summary = precompute(inputs, output_dir, config, val_fraction, val_list, metadata, keep_audio, resume, retry_refused, skip or (), how)
         show(summary, True) if as_json else _print(summary)
         _check_sides(summary, output_dir, val_fraction > 0 or val_list is not None)
 

@@ -252,19 +252,19 @@ def read_audio(
     "All of a file's audio"
     with AudioReader(path, sample_rate, channels) as reader: return reader.read(), reader.sample_rate
 
-# %% ../../nbs/stft/19_audio.ipynb #b8c83828
+# %% ../../nbs/stft/19_audio.ipynb #904299be
 @patch
 def segments(self: AudioReader,
     frames: int = None, # of each segment, at `sample_rate`; None for one segment with all of the audio
     least: int = 1,     # frames that the last segment must hold not to be left out
-):                      # yields (start in seconds, float32 (channels, frames))
+):                      # yields (start in seconds, float32 (channels, frames), how many of the frames are audio)
     "The audio in segments of one length, decoded as they are asked for"
     for name, value in (('frames', 1 if frames is None else frames), ('least', least)):
         if value < 1: raise bad_value(name, value, 'at least 1')
     start = total = 0
     for segment, filled in self._filled(frames):
         total += filled
-        if filled >= least: yield start / self.sample_rate, segment
+        if filled >= least: yield start / self.sample_rate, segment, filled
         start += segment.shape[1]
     if total < least:
         raise FormatError(f'{self.facts.path}: is too short: {total} frames at {self.sample_rate} Hz, at least {least} are needed')

@@ -392,7 +392,7 @@ class StoreWriter:
         "Number of items so far, those that are not yet committed included; the number of the next item"
         return self.committed + len(self.records)
 
-# %% ../../nbs/stft/22_store.ipynb #ed34f18b
+# %% ../../nbs/stft/22_store.ipynb #30a5ca1b
 @patch
 def append(self: StoreWriter,
     record,  # bytes from `encode_record`, its index the `count`; not to be changed afterwards
@@ -419,9 +419,14 @@ def source(self: StoreWriter,
 
 
 @patch
-def _check_open(self: StoreWriter):
+def _check_closed(self: StoreWriter):
     if self._stack is None: raise DatatoolsError(f'The writer of {self.path} is closed: open it again with resume=True.')
-    if self.is_complete: raise DatatoolsError(f'{self.path} is complete: nothing can be added.')
+
+
+@patch
+def _check_open(self: StoreWriter):
+    self._check_closed()
+    if self.is_complete: raise DatatoolsError(f'{self.path} is complete: nothing can be added. `reopen` lets it grow again.')
 
 # %% ../../nbs/stft/22_store.ipynb #3d19cfbf
 @patch
@@ -473,7 +478,7 @@ def _put(txn, database, key, value):
     "Write a value, unless it is there already: a page that is not touched is not written"
     if txn.get(key, db=database) != value: txn.put(key, value, db=database)
 
-# %% ../../nbs/stft/22_store.ipynb #649f3b2d
+# %% ../../nbs/stft/22_store.ipynb #2166670b
 @patch
 def complete(self: StoreWriter,
     **facts,  # values of JSON, to be found in `StoreInfo.facts`
@@ -485,6 +490,16 @@ def complete(self: StoreWriter,
         self.is_complete = True
     (self.path/'lock.mdb').unlink(missing_ok=True)  # no writer will come any more: readers need no locks
     fsync_directory(self.path)
+
+
+@patch
+def reopen(self: StoreWriter) -> None:
+    "Let a complete store grow again; nobody may read it meanwhile, for readers of a complete store are without a lock"
+    self._check_closed()
+    if not self.is_complete: return
+    (self.path/'lock.mdb').touch()
+    self._write(complete=False)
+    self.is_complete = False
 
 
 @patch

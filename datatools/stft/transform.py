@@ -100,7 +100,7 @@ def packed_shape(
     "Shape of a packed STFT"
     return (channels, window // 2 + 1, 1 + samples // hop_length) + (() if dtype == 'complex64' else (2,))
 
-# %% ../../nbs/stft/20_transform.ipynb #bfa2d0cc
+# %% ../../nbs/stft/20_transform.ipynb #dabcc500
 def open_audio(
     path,                # str or Path
     config: STFTConfig,  # sample rate and channels
@@ -112,7 +112,7 @@ def open_audio(
 def audio_segments(
     path,                # str or Path
     config: STFTConfig,  # what the segments are
-):                       # yields (start in seconds, float32 (channels, frames))
+):                       # yields (start in seconds, float32 (channels, frames), how many of the frames are audio)
     "The segments of a file, decoded as they are asked for"
     with open_audio(path, config) as reader: yield from reader.segments(config.segment_frames, least=max(config.windows))
 
