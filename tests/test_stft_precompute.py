@@ -675,7 +675,8 @@ def test_metadata_of_both_kinds(tmp_path):
 
 @pytest.mark.parametrize('name, text, said', [('t.csv', 'name,label\na.wav,x\n', 'entry 1 has no file'), ('t.csv', 'file,label\na.wav,x,y\n', 'more values than'), ('t.csv', 'file,label\na.wav,"x', 'is no table'),
     ('t.csv', 'file,source\na.wav,x\n', "'source' is a name that every item has"), ('t.csv', 'file,label\na.wav,x\na.wav,y\n', 'entry 2 is the second one'), ('t.csv', 'file\nnowhere.wav\n', 'nowhere.wav'),
-    ('t.jsonl', '{"file": "a.wav"\n', 'line 1 is not JSON'), ('t.jsonl', '["a.wav"]\n', 'has no file'), ('t.jsonl', '{"file": "a.wav", "x": NaN}\n', 'NaN is not JSON'), ('t.jsonl', b'{"file": "\xff.wav"}\n', 'not UTF-8')], ids=str)
+    ('t.jsonl', '{"file": "a.wav"\n', 'line 1 is not JSON'), ('t.jsonl', '["a.wav"]\n', 'has no file'), ('t.jsonl', '\n{"file": "a.wav", "x": 1e999}\n', 'line 2 is not JSON: 1e999 is too large'),
+    ('t.json', '[{"file": "a.wav"}]', 'named .csv, or JSON lines named .jsonl'), ('t.tsv', 'file\tx\na.wav\t1\n', 'named .csv, or JSON lines named .jsonl'), ('t.jsonl', '{"file": "a.wav", "x": NaN}\n', 'NaN is not JSON'), ('t.jsonl', b'{"file": "\xff.wav"}\n', 'not UTF-8')], ids=str)
 def test_metadata_that_cannot_be_kept_whole(tmp_path, name, text, said):
     tone(tmp_path/'in/a.wav', .5)
     (tmp_path/name).write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -725,3 +726,10 @@ def test_options_that_the_store_or_torch_refuses(tmp_path, options, said):
     tone(tmp_path/'in/a.wav', .5)
     with pytest.raises(UsageError, match=said): precompute([tmp_path/'in'], tmp_path/'out', CONFIG, options=PrecomputeOptions(workers=0, **options))
     assert precompute([tmp_path/'in'], tmp_path/'out', CONFIG, 0., resume=True, options=INLINE)['train']['items'] == 1
+
+
+@pytest.mark.parametrize('megabytes, workers, wanted', [(1, 2, 8), (100, 16, 16), (100, 2, 4), (4000, 2, 2), (0, 1, 4)])
+def test_the_spool_is_bounded(tmp_path, monkeypatch, megabytes, workers, wanted):
+    "Few long files wait, many short ones; every worker has one"
+    assert module._in_flight([0, megabytes << 20], STFTConfig(), workers) == wanted
+    assert module._in_flight([megabytes << 20], STFTConfig(windows=(2048, 1024), dtype='float32'), workers) <= wanted

@@ -66,11 +66,11 @@ def _check_sides(summary, output_dir, val_wanted):
     if not train: echo(f'{output_dir}/train.lmdb has no items: all files that could be used validate.', err=True)
     if not val and val_wanted: echo(f'{output_dir}/val.lmdb has no items: choose another share, or name files with --val-list.', err=True)
 
-# %% ../../nbs/stft/29_main.ipynb #30081389
+# %% ../../nbs/stft/29_main.ipynb #7a60275a
 @app.command('precompute')
 def precompute_command(
     inputs:Inputs,
-    output_dir:Annotated[Path, typer.Option(help='Where train.lmdb and val.lmdb go.')] = ...,
+    output_dir:Annotated[Path, typer.Option(help='Where train.lmdb and val.lmdb go. With the defaults they take four times the room of 16-bit audio, and a few files a worker as much again while the work lasts.')] = ...,
     val_fraction:Annotated[float, typer.Option(help='Share of the files that validate, by a hash of their names.')] = .1,
     val_list:Annotated[Optional[Path], typer.Option(help='File with the names of those that validate, in place of the share.')] = None,
     metadata:Annotated[Optional[Path], typer.Option(help='CSV or JSON lines with a column file: captions, labels.')] = None,

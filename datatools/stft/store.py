@@ -452,7 +452,7 @@ def _write(self: StoreWriter, **final):
     self.committed += len(self.records)
     self.records, self.facts, self.waiting_bytes = [], {}, 0
 
-# %% ../../nbs/stft/22_store.ipynb #b5609c91
+# %% ../../nbs/stft/22_store.ipynb #9d709bd0
 @patch
 def _transaction(self: StoreWriter, map_size, final):
     "Open, write, commit, close"
@@ -468,9 +468,9 @@ def _transaction(self: StoreWriter, map_size, final):
             schema = self.schema and self.schema.entries
             for name, value in dict(count=self.count, schema=schema, constant_schema=self.constant_schema, **final).items():
                 _put(txn, meta, name.encode(), canonical_json(value))
-        if final.get('complete'): env.sync(True)
         end = (env.info()['last_pgno'] + 1) * env.stat()['psize']
         if self.file.stat().st_size < end: os.truncate(self.file, end)  # pages that were reserved, but never written
+        if final.get('complete'): env.sync(True)
     finally: env.close()
 
 
