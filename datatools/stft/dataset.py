@@ -177,17 +177,19 @@ def _copy_items(address, memory, offsets, lengths, numbers, beginning, fields, s
     if stream: _stream_end()
     return -1
 
-# %% ../../nbs/stft/24_dataset.ipynb #602cd184
+# %% ../../nbs/stft/24_dataset.ipynb #1cfc2406
 @patch
 def _placed(self: PrecomputedSTFTDataset):
     "Where the records lie, looked up once: offsets and lengths, the bytes of the file, its descriptor"
     if self._places is None:
         (offsets, lengths), file = item_offsets(self.path), os.open(self.path, os.O_RDONLY)
-        try: memory = np.frombuffer(mmap.mmap(file, 0, access=mmap.ACCESS_READ), np.uint8)
+        try: mapped = mmap.mmap(file, 0, access=mmap.ACCESS_READ)
         except BaseException:
             os.close(file)
             raise
+        memory = np.frombuffer(mapped, np.uint8)
         weakref.finalize(memory, os.close, file)
+        if hasattr(mmap, 'MADV_RANDOM'): mapped.madvise(mmap.MADV_RANDOM)  # no read-ahead, as in the environment
         if len(offsets) < self.count or (offsets + lengths).max(initial=0) > len(memory): raise FormatError(f'{self.path}: was replaced while it was open')
         self._places = offsets, lengths, memory, file
     return self._places

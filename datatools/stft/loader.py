@@ -251,14 +251,15 @@ class Loader:
         ring = f', ring of {self._slots.ring.slots} slots, {human_bytes(self._slots.ring.memory.size)}' if self._slots else ''
         return f'Loader({len(self)} batches of {self.order["batch_size"]}, {self.workers} workers, epoch {self.epoch}, batch {self.batch}{ring})'
 
-# %% ../../nbs/stft/25_loader.ipynb #3d88404c
+# %% ../../nbs/stft/25_loader.ipynb #575cd38d
 @patch
-def _start(self: Loader):
-    "Make the ring, the stock loader and its workers"
+def _start(self: Loader, indices):
+    "Make the ring, the stock loader and its workers, which will first read `indices`"
     depth, size, group, ring = self.workers * self.prefetch, self.order['batch_size'], 1, None
     if self.collate_fn is None and len(self):
         layout, rows = _layout(self.dataset), min(size, self.order['items'])
         if self.workers: group = _batches_of_a_task(layout, rows, len(self), self.workers)
+        self.dataset.advise(indices[:size * max(depth * group, 1)])  # on their way while the rest is made ready
         ring = Ring(layout, rows, (depth + 1) * group + 1)  # tasks that wait, the one that is handed out, and the batch in use
     self._slots = None if ring is None else _Slots(ring)
     self._sampler = _Sampler(self._slots, size, group, max(depth * group, 1))
@@ -284,12 +285,12 @@ def __enter__(self: Loader): return self
 @patch
 def __exit__(self: Loader, *_): self.close()
 
-# %% ../../nbs/stft/25_loader.ipynb #3fa9c365
+# %% ../../nbs/stft/25_loader.ipynb #17354016
 @patch
 def _begin(self: Loader, indices):
     "The stock iterator over `indices`; workers that have died since the last pass are replaced"
     if any(not worker.is_alive() for worker in self._worker_processes()): self.close()
-    if self._stock is None: self._start()
+    if self._stock is None: self._start(indices)
     self._sampler.order = indices
     return iter(self._stock)
 
