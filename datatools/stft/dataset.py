@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PrecomputedSTFTDataset']
 
-# %% ../../nbs/stft/24_dataset.ipynb #8480a8f2
-import html, math, mmap, operator, os, weakref
+# %% ../../nbs/stft/24_dataset.ipynb #1df89f5a
+import html, math, mmap, operator, os, warnings, weakref
 
 import lmdb
 import numpy as np
@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 from ..core import FormatError, UsageError, bad_value, human_bytes
 from .records import Schema, decode_record
 from .store import environment, item_key, item_offsets, open_store
-from .transform import VIEWS, spectrum_view, unpack
+from .transform import VIEWS, STFTConfig, spectrum_view, unpack
 
 # %% ../../nbs/stft/24_dataset.ipynb #15ba8f9c
 def _fields_of(
@@ -37,7 +37,7 @@ def _fields_of(
         if name not in offered: raise bad_value('fields', name, offered)
     return {name: scales.get(name) for name in fields}
 
-# %% ../../nbs/stft/24_dataset.ipynb #9d62cd2e
+# %% ../../nbs/stft/24_dataset.ipynb #09b18209
 class PrecomputedSTFTDataset(torch.utils.data.Dataset):
     "Items of a precomputed store by number"
     def __init__(self,
@@ -50,6 +50,8 @@ class PrecomputedSTFTDataset(torch.utils.data.Dataset):
         self.path, self.count, self.transform, self.view = self.info.path, self.info.count, transform, view
         self.fields = _fields_of(self.info.schema, fields, view) if self.info.schema else {}
         self._environment = self._places = None
+        if not self.info.complete:
+            warnings.warn(f'{self.path} is not complete: the job that makes it is at work, or was interrupted. These are the first {self.count} items.', stacklevel=2)
 
     def __len__(self): return self.count
     def __getstate__(self): return dict(self.__dict__, _environment=None, _places=None)
@@ -272,11 +274,19 @@ def _in_memory(file, offset):
     try: return os.preadv(file, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
     except OSError: return False  # BlockingIOError where it is not, another error where the file system cannot tell
 
-# %% ../../nbs/stft/24_dataset.ipynb #a8b92475
+# %% ../../nbs/stft/24_dataset.ipynb #b7772f6e
 @patch(as_prop=True)
 def name(self: PrecomputedSTFTDataset) -> str:
     "The last part of the path, without `data.mdb`"
     return self.path.name if self.info.single_file else self.path.absolute().parent.name
+
+@patch(as_prop=True)
+def config(self: PrecomputedSTFTDataset) -> STFTConfig:
+    "How the audio became items, as `istft` and a model need to know"
+    config = self.info.config
+    parameters = config.get('stft', config) if isinstance(config, dict) else None
+    if isinstance(parameters, dict) and 'windows' in parameters: return STFTConfig.from_dict(parameters)
+    raise UsageError(f'{self.path} was not made by precompute: its configuration, info.config, is of another kind.')
 
 @patch
 def __repr__(self: PrecomputedSTFTDataset):
@@ -286,8 +296,9 @@ def __repr__(self: PrecomputedSTFTDataset):
 def _repr_html_(self: PrecomputedSTFTDataset):
     "Parameters and fields as tables"
     def row(*cells): return '<tr>' + ''.join(f'<td>{html.escape(str(cell))}</td>' for cell in cells) + '</tr>'
-    facts = {'items': self.count, 'complete': self.info.complete, 'size': human_bytes(self.info.file_bytes), 'view': self.view, **self.info.config}
+    given = self.info.config if isinstance(self.info.config, dict) else {'config': self.info.config}
+    facts = [('items', self.count), ('complete', self.info.complete), ('size', human_bytes(self.info.file_bytes)), ('view', self.view), *given.items()]
     places = self.info.schema.places if self.info.schema else {}
     stored = [row(name, dtype.name, ' × '.join(map(str, shape)), 'yes' if name in self.fields else '') for name, (_, dtype, shape) in places.items()]
-    return (f'<b>{html.escape(self.name)}</b><table>{"".join(row(*fact) for fact in facts.items())}</table>'
+    return (f'<b>{html.escape(self.name)}</b><table>{"".join(row(*fact) for fact in facts)}</table>'
             f'<table><tr><th>stored field</th><th>dtype</th><th>shape</th><th>chosen</th></tr>{"".join(stored)}</table>')

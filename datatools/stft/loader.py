@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['STREAM_BYTES', 'TASK_BYTES', 'MOST_IN_TASK', 'epoch_order', 'Ring', 'Loader', 'make_loader']
 
-# %% ../../nbs/stft/25_loader.ipynb #1dc03bb6
+# %% ../../nbs/stft/25_loader.ipynb #092518dc
 import mmap, multiprocessing, numbers, os, signal, tempfile, warnings, weakref
+from functools import partial
 from multiprocessing import reduction
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -15,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, get_worker_info
 
-from ..core import DatatoolsError, MismatchError, bad_value, differences, human_bytes, rng_for, seed_for
+from ..core import DatatoolsError, MismatchError, bad_value, config_hash, differences, human_bytes, rng_for, seed_for
 
 # %% ../../nbs/stft/25_loader.ipynb #f27481ee
 def epoch_order(
@@ -32,12 +34,30 @@ def epoch_order(
     share = count // world_size if drop_last else -(-count // world_size)
     return np.resize(order, share * world_size)[rank::world_size] if count else order
 
-# %% ../../nbs/stft/25_loader.ipynb #077f9217
+# %% ../../nbs/stft/25_loader.ipynb #1d2c0dd2
+def _available_bytes(
+    root: str = '/sys/fs/cgroup',    # where Linux shows its control groups
+    own: str = '/proc/self/cgroup',  # which of them this process is in
+) -> int:                            # bytes
+    "Memory that may be asked for: free in the machine, and within the limits of a container or a job"
+    free, path = psutil.virtual_memory().available, Path(root)
+    try: parts = [part for part in next(line[3:].strip() for line in Path(own).read_text().splitlines() if line.startswith('0::')).split('/') if part]
+    except (OSError, StopIteration): return free
+    for part in ['', *parts]:
+        path = path/part
+        try:
+            limit, used = (path/'memory.max').read_text().strip(), int((path/'memory.current').read_text())
+            cached = sum(int(line.split()[1]) for line in (path/'memory.stat').read_text().splitlines() if line.startswith(('active_file ', 'inactive_file ')))
+        except OSError: continue  # the root has no limit, and a container does not see what is above it
+        if limit != 'max': free = min(free, max(0, int(limit) - used + cached))
+    return free
+
+
 def _shared_file(
     size: int,  # bytes
 ) -> int:       # file descriptor; the file has no name, so nothing is left behind however the process ends
     "Anonymous memory that other processes can map, allocated now: a lack of memory is an error here and not a crash later"
-    reason, available = '', psutil.virtual_memory().available
+    reason, available = '', _available_bytes()
     if size > available: reason = f'only {human_bytes(available)} are free'  # asking for them all the same would end other processes
     else:
         descriptor = os.memfd_create('datatools-ring') if hasattr(os, 'memfd_create') else os.dup(tempfile.TemporaryFile().fileno())
@@ -133,7 +153,7 @@ class _Slots:
         self.filling.discard(slot)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-# %% ../../nbs/stft/25_loader.ipynb #63b644c3
+# %% ../../nbs/stft/25_loader.ipynb #0c34d665
 class _Filler:
     "The dataset as the workers see it: fills slots"
     def __init__(self, dataset, ring, metadata):
@@ -142,7 +162,9 @@ class _Filler:
     def __len__(self): return len(self.dataset)
 
     def __getitems__(self, task):
-        return self.dataset.__getitems__(task) if self.ring is None else [self._answer(*batch) for batch in task]
+        if self.ring is not None: return [self._answer(*batch) for batch in task]
+        try: return self.dataset.__getitems__(task)
+        except (DatatoolsError, OSError) as error: return error  # as it is, instead of the text of a traceback
 
     def _answer(self, slot, indices, later):
         "Fill a slot"
@@ -153,12 +175,17 @@ class _Filler:
             else: self.dataset.read_into(indices, arrays)
             batch = {name: torch.from_numpy(array) for name, array in arrays.items()} if slot is None else None
             return slot, len(indices), batch, [self.dataset.metadata(i) for i in indices] if self.metadata else None
-        except DatatoolsError as error: return error
+        except (DatatoolsError, OSError) as error: return error
 
-# %% ../../nbs/stft/25_loader.ipynb #43e172f7
+# %% ../../nbs/stft/25_loader.ipynb #cc6d0acb
 def _as_is(batch):
     "The collate function of batches that are whole already"
     return batch
+
+
+def _collated(collate_fn, items):
+    "A batch of items, unless they are an error"
+    return items if isinstance(items, Exception) else collate_fn(items)
 
 
 def _start_worker(_):
@@ -189,7 +216,7 @@ class _Sampler:
                 task.append((self.slots.take(), order[start:start + size].tolist(), later.tolist()))
             yield task
 
-# %% ../../nbs/stft/25_loader.ipynb #f986ffe1
+# %% ../../nbs/stft/25_loader.ipynb #240dedd6
 TASK_BYTES, MOST_IN_TASK = 16 << 20, 8  # batches are given to a worker until they are so large or so many
 
 
@@ -198,8 +225,12 @@ def _layout(
 ) -> dict:   # field -> (dtype, shape)
     "What an item looks like; a field that no slot can hold is refused"
     layout = {}
-    for name, value in dataset[0].items():
-        array = np.asarray(value)
+    if not isinstance(item := dataset[0], dict):
+        raise bad_value('transform', type(item).__name__, 'a function that returns a dict of arrays', 'Return one, or give a collate_fn.')
+    for name, value in item.items():
+        try: array = np.asarray(value)
+        except (TypeError, ValueError, RuntimeError) as error:  # a kind of number that NumPy does not have, a tensor with a gradient or on a device
+            raise bad_value(f'field {name!r}', str(getattr(value, 'dtype', type(value).__name__)), f'an array that NumPy knows ({error})', 'Call .detach(), .float() or .cpu(), or give a collate_fn.') from error
         if array.dtype.hasobject or array.dtype.kind not in 'biufc':
             raise bad_value(f'field {name!r}', value, 'an array of numbers', 'Leave it out by fields=…, or give a collate_fn.')
         layout[name] = array.dtype, array.shape
@@ -251,7 +282,7 @@ class Loader:
         ring = f', ring of {self._slots.ring.slots} slots, {human_bytes(self._slots.ring.memory.size)}' if self._slots else ''
         return f'Loader({len(self)} batches of {self.order["batch_size"]}, {self.workers} workers, epoch {self.epoch}, batch {self.batch}{ring})'
 
-# %% ../../nbs/stft/25_loader.ipynb #575cd38d
+# %% ../../nbs/stft/25_loader.ipynb #b36eb3a3
 @patch
 def _start(self: Loader, indices):
     "Make the ring, the stock loader and its workers, which will first read `indices`"
@@ -265,7 +296,7 @@ def _start(self: Loader, indices):
     self._sampler = _Sampler(self._slots, size, group, max(depth * group, 1))
     some = dict(persistent_workers=True, prefetch_factor=self.prefetch, multiprocessing_context=self.start_method) if self.workers else {}
     self._stock = DataLoader(_Filler(self.dataset, ring, self.metadata), batch_sampler=self._sampler, num_workers=self.workers,
-        collate_fn=self.collate_fn or _as_is, worker_init_fn=_start_worker, pin_memory=self.pin_memory and ring is None,
+        collate_fn=partial(_collated, self.collate_fn) if self.collate_fn else _as_is, worker_init_fn=_start_worker, pin_memory=self.pin_memory and ring is None,
         generator=torch.Generator().manual_seed(seed_for(self.order['seed'], 'workers')), **some)
 
 @patch
@@ -285,7 +316,7 @@ def __enter__(self: Loader): return self
 @patch
 def __exit__(self: Loader, *_): self.close()
 
-# %% ../../nbs/stft/25_loader.ipynb #17354016
+# %% ../../nbs/stft/25_loader.ipynb #42c118b7
 @patch
 def _begin(self: Loader, indices):
     "The stock iterator over `indices`; workers that have died since the last pass are replaced"
@@ -307,7 +338,7 @@ def _answers(self: Loader, indices):
             if dead and isinstance(error, RuntimeError): raise self._worker_died(dead[0]) from error
             raise
         for each in [answer] if self._slots is None else answer:
-            if isinstance(each, DatatoolsError): raise each
+            if isinstance(each, (DatatoolsError, OSError)): raise each
             yield each
 
 @patch
@@ -318,7 +349,7 @@ def _worker_died(self: Loader, worker):
     return DatatoolsError(f'Worker process {worker.pid} of the loader {how}, after batch {self.batch} of epoch {self.epoch}. SIGKILL mostly means '
         'that the memory ran out: use fewer workers or smaller batches. The next pass starts new workers; state_dict() tells where to go on.')
 
-# %% ../../nbs/stft/25_loader.ipynb #89b1fab6
+# %% ../../nbs/stft/25_loader.ipynb #12d1d19e
 @patch
 def __iter__(self: Loader):
     "The batches of this epoch that are left; when they are through, the next epoch"
@@ -328,7 +359,7 @@ def __iter__(self: Loader):
     for answer in self._answers(indices):
         self.batch += 1
         yield self._batch(answer)
-        if this != self._passes: raise DatatoolsError('A second pass over this loader has begun, which ended this one. Use one loader for each.')
+        if this != self._passes: raise DatatoolsError('A second pass over this loader has begun, or set_epoch was called, which ended this one. Use one loader for each pass.')
     self.epoch, self.batch = self.epoch + 1, 0
 
 @patch
@@ -345,14 +376,16 @@ def _batch(self: Loader, answer):
     elif self.copy: batch = {name: tensor.clone() for name, tensor in batch.items()}
     return batch if metadata is None else {**batch, 'metadata': metadata}
 
-# %% ../../nbs/stft/25_loader.ipynb #f8cc630e
+# %% ../../nbs/stft/25_loader.ipynb #bc54c53b
 @patch
 def set_epoch(self: Loader,
     epoch: int,  # 0, 1, 2, …
 ) -> None:
     "Choose the epoch of the next pass; the one that a loaded state stands in is continued where it stopped"
     _check_whole('epoch', epoch, 0)
-    if epoch != self.epoch: self.epoch, self.batch, self._resume_at = int(epoch), 0, 0
+    if epoch == self.epoch: return
+    self.epoch, self.batch, self._resume_at = int(epoch), 0, 0
+    self._passes += 1  # a pass that is under way would go on with batches of another epoch
 
 @patch
 def state_dict(self: Loader) -> dict: # plain numbers, may be written as JSON
@@ -368,10 +401,13 @@ def load_state_dict(self: Loader,
     if changed := differences(state['order'], self.order):
         raise MismatchError('The state was saved by a loader with ' + ', '.join(f'{key}={old!r} (here {new!r})' for key, old, new in changed)
                             + ': its position means nothing here. Make the loader with the same parameters.')
+    _check_whole("state['epoch']", state['epoch'], 0), _check_whole("state['batch']", state['batch'], 0)
+    if state['batch'] > len(self): raise bad_value("state['batch']", state['batch'], f'at most {len(self)}, the batches of an epoch')
+    self._passes += 1
     self.epoch, self.batch = state['epoch'], state['batch']
     self._resume_at = self.batch
 
-# %% ../../nbs/stft/25_loader.ipynb #af12c76e
+# %% ../../nbs/stft/25_loader.ipynb #8735309f
 def make_loader(
     dataset,                  # a `PrecomputedSTFTDataset`
     batch_size: int,          # items in a batch
@@ -399,6 +435,6 @@ def make_loader(
     rank, world_size = _processes(rank, world_size)
     seed_for(seed)  # refuses what is no integer
     order = dict(items=len(dataset), batch_size=int(batch_size), shuffle=bool(shuffle), seed=int(seed), drop_last=bool(drop_last),
-                 world_size=world_size, rank=rank)
+                 world_size=world_size, rank=rank, store=config_hash(dataset.info.config) if hasattr(dataset, 'info') else '')
     pin = torch.cuda.is_available() if pin_memory is None else bool(pin_memory)
     return Loader(dataset, order, int(workers), int(prefetch), metadata, copy, collate_fn, pin, start_method)
