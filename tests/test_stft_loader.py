@@ -366,18 +366,18 @@ def test_a_closed_loader_gives_everything_back(dataset, workers):
 def test_is_a_loader(dataset): assert isinstance(make_loader(dataset, 4), Loader) and 'ring' not in repr(make_loader(dataset, 4))
 
 
-class Broken(PrecomputedSTFTDataset):
+class Unreadable(PrecomputedSTFTDataset):
     "A dataset whose items cannot be read"
     error = FormatError('item 3 is damaged')
     def __getitems__(self, indices): raise self.error
     def read_into(self, *_, **__): raise self.error
 
 
-class Gone(Broken): error = FileNotFoundError(2, 'No such file or directory', 'a store')
+class Gone(Unreadable): error = FileNotFoundError(2, 'No such file or directory', 'a store')
 
 
 @pytest.mark.parametrize('workers', [0, 1])
-@pytest.mark.parametrize('kind', [Broken, Gone])
+@pytest.mark.parametrize('kind', [Unreadable, Gone])
 @pytest.mark.parametrize('collate_fn', [None, len])
 def test_errors_of_workers_come_as_they_are(store, workers, kind, collate_fn):
     with kind(store) as dataset, make_loader(dataset, 4, workers, collate_fn=collate_fn) as loader:
