@@ -334,21 +334,22 @@ def _checked_size(name, value, least):
     if isinstance(value, int) and not isinstance(value, bool) and least <= value <= 1 << 46: return value
     raise bad_value(name, value, f'an integer from {least} to {1 << 46} (bytes)')
 
-# %% ../../nbs/stft/22_store.ipynb #caa08011
+# %% ../../nbs/stft/22_store.ipynb #ccb61804
 _keepers = set()
 
 @contextmanager
 def _freed_memory_kept():
     "Meanwhile the C library uses freed memory again instead of giving it back to the kernel (glibc only)"
-    trim_threshold, mmap_threshold, library, me = -1, -3, _c_library(), object()  # the numbers are names of mallopt
+    trim_threshold, mmap_threshold = -1, -3  # names of mallopt
+    library, keepers, me = _c_library(), _keepers, object()
     if not (hasattr(library, 'mallopt') and hasattr(library, 'malloc_trim')): return (yield)
-    _keepers.add(me)
+    keepers.add(me)
     library.mallopt(mmap_threshold, 32 << 20)
     library.mallopt(trim_threshold, 512 << 20)
     try: yield
     finally:
-        _keepers.discard(me)
-        if not _keepers:
+        keepers.discard(me)
+        if not keepers:
             library.mallopt(trim_threshold, 64 << 20)  # which glibc itself arrives at when an array of 32 MB is freed
             library.malloc_trim(0)
 
@@ -392,7 +393,7 @@ class StoreWriter:
         "Number of items so far, those that are not yet committed included; the number of the next item"
         return self.committed + len(self.records)
 
-# %% ../../nbs/stft/22_store.ipynb #30a5ca1b
+# %% ../../nbs/stft/22_store.ipynb #ed34f18b
 @patch
 def append(self: StoreWriter,
     record,  # bytes from `encode_record`, its index the `count`; not to be changed afterwards
@@ -419,14 +420,9 @@ def source(self: StoreWriter,
 
 
 @patch
-def _check_closed(self: StoreWriter):
-    if self._stack is None: raise DatatoolsError(f'The writer of {self.path} is closed: open it again with resume=True.')
-
-
-@patch
 def _check_open(self: StoreWriter):
-    self._check_closed()
-    if self.is_complete: raise DatatoolsError(f'{self.path} is complete: nothing can be added. `reopen` lets it grow again.')
+    if self._stack is None: raise DatatoolsError(f'The writer of {self.path} is closed: open it again with resume=True.')
+    if self.is_complete: raise DatatoolsError(f'{self.path} is complete: nothing can be added.')
 
 # %% ../../nbs/stft/22_store.ipynb #3d19cfbf
 @patch
@@ -452,7 +448,7 @@ def _write(self: StoreWriter, **final):
     self.committed += len(self.records)
     self.records, self.facts, self.waiting_bytes = [], {}, 0
 
-# %% ../../nbs/stft/22_store.ipynb #9d709bd0
+# %% ../../nbs/stft/22_store.ipynb #b5609c91
 @patch
 def _transaction(self: StoreWriter, map_size, final):
     "Open, write, commit, close"
@@ -468,9 +464,9 @@ def _transaction(self: StoreWriter, map_size, final):
             schema = self.schema and self.schema.entries
             for name, value in dict(count=self.count, schema=schema, constant_schema=self.constant_schema, **final).items():
                 _put(txn, meta, name.encode(), canonical_json(value))
+        if final.get('complete'): env.sync(True)
         end = (env.info()['last_pgno'] + 1) * env.stat()['psize']
         if self.file.stat().st_size < end: os.truncate(self.file, end)  # pages that were reserved, but never written
-        if final.get('complete'): env.sync(True)
     finally: env.close()
 
 
@@ -478,7 +474,7 @@ def _put(txn, database, key, value):
     "Write a value, unless it is there already: a page that is not touched is not written"
     if txn.get(key, db=database) != value: txn.put(key, value, db=database)
 
-# %% ../../nbs/stft/22_store.ipynb #2166670b
+# %% ../../nbs/stft/22_store.ipynb #649f3b2d
 @patch
 def complete(self: StoreWriter,
     **facts,  # values of JSON, to be found in `StoreInfo.facts`
@@ -490,16 +486,6 @@ def complete(self: StoreWriter,
         self.is_complete = True
     (self.path/'lock.mdb').unlink(missing_ok=True)  # no writer will come any more: readers need no locks
     fsync_directory(self.path)
-
-
-@patch
-def reopen(self: StoreWriter) -> None:
-    "Let a complete store grow again; nobody may read it meanwhile, for readers of a complete store are without a lock"
-    self._check_closed()
-    if not self.is_complete: return
-    (self.path/'lock.mdb').touch()
-    self._write(complete=False)
-    self.is_complete = False
 
 
 @patch
