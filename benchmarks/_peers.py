@@ -157,7 +157,7 @@ class Wids(WebDataset):
     def batches(folder, count, batch):
         import wids
         tars = [dict(url=str(tar), nsamples=wids.wids.compute_num_samples(str(tar))) for tar in sorted(folder.glob('*.tar'))]
-        with contextlib.redirect_stdout(io.StringIO()): dataset = wids.ShardListDataset(tars, localname=str, lru_size=len(tars), keep=True, transformations=[Wids.read])
+        with contextlib.redirect_stderr(io.StringIO()): dataset = wids.ShardListDataset(tars, localname=str, lru_size=len(tars), keep=True, transformations=[Wids.read])
         return stock(dataset, batch)
 
     @staticmethod

@@ -393,7 +393,7 @@ class StoreWriter:
         "Number of items so far, those that are not yet committed included; the number of the next item"
         return self.committed + len(self.records)
 
-# %% ../../nbs/stft/22_store.ipynb #ed34f18b
+# %% ../../nbs/stft/22_store.ipynb #30a5ca1b
 @patch
 def append(self: StoreWriter,
     record,  # bytes from `encode_record`, its index the `count`; not to be changed afterwards
@@ -420,9 +420,14 @@ def source(self: StoreWriter,
 
 
 @patch
-def _check_open(self: StoreWriter):
+def _check_closed(self: StoreWriter):
     if self._stack is None: raise DatatoolsError(f'The writer of {self.path} is closed: open it again with resume=True.')
-    if self.is_complete: raise DatatoolsError(f'{self.path} is complete: nothing can be added.')
+
+
+@patch
+def _check_open(self: StoreWriter):
+    self._check_closed()
+    if self.is_complete: raise DatatoolsError(f'{self.path} is complete: nothing can be added. `reopen` lets it grow again.')
 
 # %% ../../nbs/stft/22_store.ipynb #3d19cfbf
 @patch
@@ -448,7 +453,7 @@ def _write(self: StoreWriter, **final):
     self.committed += len(self.records)
     self.records, self.facts, self.waiting_bytes = [], {}, 0
 
-# %% ../../nbs/stft/22_store.ipynb #b5609c91
+# %% ../../nbs/stft/22_store.ipynb #9d709bd0
 @patch
 def _transaction(self: StoreWriter, map_size, final):
     "Open, write, commit, close"
@@ -464,9 +469,9 @@ def _transaction(self: StoreWriter, map_size, final):
             schema = self.schema and self.schema.entries
             for name, value in dict(count=self.count, schema=schema, constant_schema=self.constant_schema, **final).items():
                 _put(txn, meta, name.encode(), canonical_json(value))
-        if final.get('complete'): env.sync(True)
         end = (env.info()['last_pgno'] + 1) * env.stat()['psize']
         if self.file.stat().st_size < end: os.truncate(self.file, end)  # pages that were reserved, but never written
+        if final.get('complete'): env.sync(True)
     finally: env.close()
 
 
@@ -474,7 +479,7 @@ def _put(txn, database, key, value):
     "Write a value, unless it is there already: a page that is not touched is not written"
     if txn.get(key, db=database) != value: txn.put(key, value, db=database)
 
-# %% ../../nbs/stft/22_store.ipynb #649f3b2d
+# %% ../../nbs/stft/22_store.ipynb #2166670b
 @patch
 def complete(self: StoreWriter,
     **facts,  # values of JSON, to be found in `StoreInfo.facts`
@@ -486,6 +491,16 @@ def complete(self: StoreWriter,
         self.is_complete = True
     (self.path/'lock.mdb').unlink(missing_ok=True)  # no writer will come any more: readers need no locks
     fsync_directory(self.path)
+
+
+@patch
+def reopen(self: StoreWriter) -> None:
+    "Let a complete store grow again; nobody may read it meanwhile, for readers of a complete store are without a lock"
+    self._check_closed()
+    if not self.is_complete: return
+    (self.path/'lock.mdb').touch()
+    self._write(complete=False)
+    self.is_complete = False
 
 
 @patch
