@@ -4,8 +4,10 @@ A peer is a class with the names of the modules it needs, `write(folder, items, 
 which gives something to iterate over once per epoch: dicts of tensors `stft` and `number`. Whatever is faster of what
 a format offers is used: tensors made in the worker, so that the stock `DataLoader` sends them through shared memory.
 """
+import contextlib
 import importlib
 import importlib.util
+import io
 import pickle
 import sys
 import types
@@ -155,7 +157,8 @@ class Wids(WebDataset):
     def batches(folder, count, batch):
         import wids
         tars = [dict(url=str(tar), nsamples=wids.wids.compute_num_samples(str(tar))) for tar in sorted(folder.glob('*.tar'))]
-        return stock(wids.ShardListDataset(tars, localname=str, lru_size=len(tars), keep=True, transformations=[Wids.read]), batch)
+        with contextlib.redirect_stderr(io.StringIO()): dataset = wids.ShardListDataset(tars, localname=str, lru_size=len(tars), keep=True, transformations=[Wids.read])
+        return stock(dataset, batch)
 
     @staticmethod
     def read(found): return dict(stft=torch.from_numpy(np.load(found['.npy'])), number=torch.tensor(float(found['.cls'].read())))

@@ -122,7 +122,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
 def test_json_is_all_there_is_on_stdout(corpus, tmp_path):
     done = shell(f'python -m datatools.stft precompute in --output-dir out {" ".join(map(str, SMALL))} --val-fraction 0.4 --json --progress', tmp_path)
     summary = json.loads(done.stdout)
-    assert {*summary} == {'train', 'val', 'items_now', 'seconds', 'times_real_time'}
+    assert {*summary} == {'train', 'val', 'left_out', 'items_now', 'seconds', 'times_real_time'}
     assert summary['train']['items'] + summary['val']['items'] == summary['items_now'] == 12
     assert {**summary['train']['reasons'], **summary['val']['reasons']}.keys() == {'broken.wav'}
     assert 'precompute' in done.stderr and 'file' in done.stderr  # the bar
@@ -143,6 +143,7 @@ def test_people_read_numbers_and_reasons(corpus, tmp_path):
 
 def test_many_refused_files_are_not_all_listed(tmp_path):
     for number in range(30): (tmp_path/f'{number}.wav').touch()
+    soundfile.write(tmp_path/'sound.wav', np.zeros(8000), 8000)
     said = command('precompute', tmp_path, '--output-dir', tmp_path/'out', *SMALL, '--val-fraction', 0)
     assert said.count('is empty') == 20 and 'and 10 more' in said
     assert command('info', tmp_path/'out/train.lmdb').count('is empty') == 30
@@ -151,15 +152,64 @@ def test_many_refused_files_are_not_all_listed(tmp_path):
 def test_names_that_no_terminal_can_show(tmp_path):
     (tmp_path/'in').mkdir()
     (tmp_path/'in'/os.fsdecode(b'latin\xe9.wav')).touch()
+    soundfile.write(tmp_path/'in/sound.wav', np.zeros(8000), 8000)
     done = shell(f'python -m datatools.stft precompute in --output-dir out {" ".join(map(str, SMALL))} --val-fraction 0 --json', tmp_path)
     assert os.fsdecode(b'latin\xe9.wav') in json.loads(done.stdout)['train']['reasons'] and not done.stderr
     assert 'is empty' in shell('python -m datatools.stft info out/train.lmdb', tmp_path).stdout
 
 
+@pytest.mark.parametrize('stream', ['utf-8:strict', 'ascii:strict', 'latin-1:strict', 'utf-8:surrogateescape'])
+def test_names_that_the_output_refuses(tmp_path, monkeypatch, stream):
+    "The work is done: what cannot be printed must not end it"
+    monkeypatch.setenv('PYTHONIOENCODING', stream)
+    names = [os.fsdecode(b'latin\xe9.wav'), '\u2615.wav']
+    (tmp_path/'in').mkdir()
+    for name in names: (tmp_path/'in'/name).touch()
+    soundfile.write(tmp_path/'in/sound.wav', np.zeros(8000), 8000)
+    line = f'python -m datatools.stft precompute in {" ".join(map(str, SMALL))} --val-fraction 0 --output-dir'
+    for done in (shell(f'{line} out --json', tmp_path), shell('python -m datatools.stft info out/train.lmdb --json', tmp_path)):
+        found = json.loads(done.stdout)
+        assert {*found.get('train', found)['reasons']} == {*names} and not done.stderr
+    for done in (shell(f'{line} again', tmp_path), shell('python -m datatools.stft info out/train.lmdb', tmp_path)):
+        assert done.stdout.count('.wav: is empty') == 2 and not done.stderr
+
+
+def test_a_window_is_as_long_as_its_transform(corpus, tmp_path):
+    small = ['precompute', corpus, *SMALL[:2], *SMALL[4:], '--val-fraction', 0, '--output-dir']
+    command(*small, tmp_path/'a', '--n-fft', 256, '--win', 128, code=2, say='--n-fft 256 and --win 128 are not allowed together')
+    assert not (tmp_path/'a').exists()
+    for folder, more in (('b', ['--win', 128]), ('c', ['--n-fft', 128, '--win', 128])):
+        command(*small, tmp_path/folder, *more)
+        assert open_store(tmp_path/folder/'train.lmdb').config['stft']['windows'] == [128]
+
+
+def test_nothing_came_of_it(tmp_path):
+    "All files refused is a failure, an empty store is told of"
+    for name in 'abc':
+        (tmp_path/'in').mkdir(exist_ok=True)
+        (tmp_path/f'in/{name}.wav').touch()
+    line = ['precompute', tmp_path/'in', '--output-dir', tmp_path/'out', *SMALL]
+    for more in ([], ['--resume'], ['--resume', '--json']): command(*line, *more, code=1, say='out holds no item: all of the files were refused')
+    soundfile.write(tmp_path/'in/d.wav', np.zeros(8000), 8000)
+    line[3] = tmp_path/'again'
+    for share, side in ((.000001, 'val'), (1, 'train')):
+        done = CliRunner().invoke(app, list(map(str, [*line, '--val-fraction', share])))
+        assert done.exit_code == 0 and f'{line[3].name}/{side}.lmdb has no items' in done.stderr
+        line[3] = tmp_path/'once more'
+    done = CliRunner().invoke(app, list(map(str, [*line, '--val-fraction', 0, '--output-dir', tmp_path/'none asked for'])))
+    assert done.exit_code == 0 and not done.stderr
+
+
+def test_verify_shows_its_progress(store):
+    done = CliRunner().invoke(app, ['verify', str(store), '--progress'])
+    assert done.exit_code == 0 and 'verify' in done.stderr and '12/12' in done.stderr
+    assert not CliRunner().invoke(app, ['verify', str(store), '--no-progress']).stderr
+
+
 def test_options_come_through(corpus, tmp_path):
     (tmp_path/'list.txt').write_text('0/2.wav\n')
     (tmp_path/'labels.csv').write_text('file,label\n0/0.wav,kick\n')
-    command('precompute', corpus/'0', corpus/'1', '--output-dir', tmp_path/'flat', *SMALL, '--stereo', '--dtype', 'float32', '--win', 128, '--keep-audio', '--durability', 'full', '--map-size', 1 << 20)
+    command('precompute', corpus/'0', corpus/'1', '--output-dir', tmp_path/'flat', *SMALL, '--stereo', '--dtype', 'float32', '--n-fft', 128, '--keep-audio', '--durability', 'full', '--map-size', 1 << 20)
     command('precompute', corpus, '--output-dir', tmp_path/'out', *SMALL, '--val-list', tmp_path/'list.txt', '--metadata', tmp_path/'labels.csv')
     with environment(tmp_path/'out/val.lmdb') as opened: assert [*opened.sources()] == ['0/2.wav']
     with environment(tmp_path/'out/train.lmdb') as opened: assert opened.record(0).metadata['label'] == 'kick'
@@ -195,6 +245,9 @@ def test_a_directory_with_stores(store, corpus, tmp_path):
     before = hash_file(store/'data.mdb')
     for more, code, said in (([], 2, '--output-dir='), (['--resume', '--hop', 32], 1, 'hop_length: 64 on disk, 32 asked for')):
         command('precompute', corpus, '--output-dir', tmp_path/'out', '--val-fraction', 0, *SMALL, *more, code=code, say=said)
+    command('precompute', corpus, '--output-dir', tmp_path/'out', '--val-fraction', 0, *SMALL, '--resume', '--retry-refused', '--skip', 'broken.wav')
+    assert open_store(store).complete and 'broken.wav: was left out by name' in command('info', store)
+    before = hash_file(store/'data.mdb')
     (corpus/'new.wav').touch()
     command('precompute', corpus, '--output-dir', tmp_path/'out', '--val-fraction', 0, *SMALL, '--resume', code=1, say='new.wav: (none) before')
     assert hash_file(store/'data.mdb') == before

@@ -5,6 +5,7 @@ import pickle
 import shutil
 import threading
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from hypothesis import given, settings, strategies as st
 from torch.utils.data import DataLoader
 
 from datatools.core import DatatoolsError, FormatError, UsageError, rng_for
+from datatools.stft import dataset as dataset_module
 from datatools.stft.dataset import PrecomputedSTFTDataset
 from datatools.stft.records import encode_record
-from datatools.stft.store import StoreWriter
-from datatools.stft.transform import pack, spectrum_view
+from datatools.stft.store import StoreWriter, item_offsets
+from datatools.stft.transform import STFTConfig, pack, spectrum_view
 
 COUNT = 37
 
@@ -214,15 +216,50 @@ def test_damaged_record(store, tmp_path):
         with pytest.raises(FormatError, match='item 5'): dataset.read_into([4, 5], {'class_id': np.empty(2, np.int64)})
 
 
-def test_advice_is_harmless(store):
+def test_advice_names_the_bytes_of_the_items(store, monkeypatch):
+    "What is not in memory is asked for, to the last byte and nothing else; what is in memory is not"
+    calls, (offsets, lengths) = [], item_offsets(store)
     with PrecomputedSTFTDataset(store) as dataset:
-        dataset.advise(list(range(COUNT)))
-        descriptor = os.open(store / 'data.mdb', os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-        dataset.advise([3, 1, 3])
+        dataset.advise([0])  # which reads where the items lie
+        monkeypatch.setattr(os, 'posix_fadvise', lambda file, offset, length, advice: calls.append((offset, length, advice)))
+        monkeypatch.setattr(dataset_module, '_in_memory', lambda file, offset: False)
         dataset.advise([])
+        assert not calls
+        dataset.advise([3, 1])
+        assert {advice for *_, advice in calls} == {os.POSIX_FADV_WILLNEED}
+        named = {byte for offset, length, _ in calls for byte in range(offset, offset + length)}
+        assert named == {byte for item in (3, 1) for byte in range(offsets[item], offsets[item] + lengths[item])}
+        calls.clear()
+        monkeypatch.setattr(dataset_module, '_in_memory', lambda file, offset: True)
+        dataset.advise(list(range(COUNT)))
+        assert not calls
         check(dataset[3], 3)
+
+
+def test_a_store_that_is_not_complete(tmp_path):
+    with StoreWriter(tmp_path/'store', {}) as writer: append(writer, range(3))
+    with pytest.warns(UserWarning, match='is not complete.*the first 3 items'): dataset = PrecomputedSTFTDataset(tmp_path/'store')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        check(pickle.loads(pickle.dumps(dataset))[2], 2)  # once is enough
+    dataset.close()
+
+
+@pytest.mark.parametrize('config', [['a list'], dict(items='mine', view=3), 'text', None, dict(stft=3)], ids=str)
+def test_the_configuration_of_someone_else(tmp_path, config):
+    with StoreWriter(tmp_path/'store', config) as writer:
+        append(writer, range(2))
+        writer.complete()
+    with PrecomputedSTFTDataset(tmp_path/'store') as dataset:
+        assert '<td>items</td><td>2</td>' in dataset._repr_html_()
+        with pytest.raises(UsageError, match='was not made by precompute'): dataset.config
+
+
+def test_the_configuration(tmp_path):
+    config = STFTConfig(8000, (256, 512), 64, 2, .5)
+    for number, stored in enumerate((config.as_dict(), dict(stft=config.as_dict(), files=3))):
+        with StoreWriter(tmp_path/f'{number}', stored) as writer: writer.complete()
+        with PrecomputedSTFTDataset(tmp_path/f'{number}') as dataset: assert dataset.config == config
 
 
 def test_shown(store):

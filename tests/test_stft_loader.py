@@ -17,7 +17,7 @@ from hypothesis import given, settings, strategies as st
 
 from datatools.core import DatatoolsError, FormatError, MismatchError, UsageError
 from datatools.stft.dataset import PrecomputedSTFTDataset
-from datatools.stft.loader import Loader, epoch_order, make_loader
+from datatools.stft.loader import Loader, _available_bytes, epoch_order, make_loader
 from datatools.stft.records import encode_record
 from datatools.stft.store import StoreWriter
 
@@ -115,12 +115,21 @@ def test_keeping_all_batches_warns_once_and_copy_does_not(dataset, workers):
         assert sum(map(numbers, list(loader)), []) == list(range(COUNT))
 
 
-@pytest.mark.parametrize('workers,slots', [(0, 2), (1, 4), (2, 6)])
+@pytest.mark.parametrize('workers,slots', [(0, 2), (1, 19), (2, 16)])  # a worker has two tasks of 6 or 3 small batches
 def test_the_ring_is_used_again(dataset, workers, slots):
     with make_loader(dataset, 4, workers) as loader, warnings.catch_warnings():
         warnings.simplefilter('error')
         places = {batch['large'].data_ptr() for _ in range(2) for batch in loader}
         assert len(places) <= slots == loader._slots.ring.slots
+
+
+@pytest.mark.parametrize('workers,method', WAYS)
+def test_a_large_ring_is_written_past_the_cache(dataset, monkeypatch, workers, method):
+    monkeypatch.setattr('datatools.stft.loader.STREAM_BYTES', 1)
+    monkeypatch.setattr('datatools.stft.loader.TASK_BYTES', 1)  # one batch a task, like batches that are large
+    with make_loader(dataset, 4, workers, shuffle=True, start_method=method) as loader:
+        assert sorted(sum((numbers(batch) for _ in range(2) for batch in loader), [])) == sorted(2 * list(range(COUNT)))
+        assert loader._slots.ring.streams and loader._slots.ring.slots == 2 * workers + 2
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -336,12 +345,13 @@ def test_transfer_to_the_device(dataset, workers):
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_closed_loader_gives_everything_back(dataset, workers):
-    def held(): return len(os.listdir('/proc/self/fd')), sum('datatools-ring' in line for line in open('/proc/self/maps'))
+    def held():
+        gc.collect()  # what is left in cycles, as the queues of a stock loader
+        return len(os.listdir('/proc/self/fd')), sum('datatools-ring' in line for line in open('/proc/self/maps'))
     def once():
         with make_loader(dataset, 8, workers) as loader:
             for batch in loader: assert held()[1] == before[1] + 1
         return batch
-    gc.collect()  # what tests before this one have left in cycles, as the frames of an error
     before = held()
     once()  # opens the store in this process, which the dataset keeps
     before = held()
@@ -354,3 +364,80 @@ def test_a_closed_loader_gives_everything_back(dataset, workers):
 
 
 def test_is_a_loader(dataset): assert isinstance(make_loader(dataset, 4), Loader) and 'ring' not in repr(make_loader(dataset, 4))
+
+
+class Unreadable(PrecomputedSTFTDataset):
+    "A dataset whose items cannot be read"
+    error = FormatError('item 3 is damaged')
+    def __getitems__(self, indices): raise self.error
+    def read_into(self, *_, **__): raise self.error
+
+
+class Gone(Unreadable): error = FileNotFoundError(2, 'No such file or directory', 'a store')
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('kind', [Unreadable, Gone])
+@pytest.mark.parametrize('collate_fn', [None, len])
+def test_errors_of_workers_come_as_they_are(store, workers, kind, collate_fn):
+    with kind(store) as dataset, make_loader(dataset, 4, workers, collate_fn=collate_fn) as loader:
+        with pytest.raises(type(kind.error)) as caught: list(loader)
+        assert str(caught.value) == str(kind.error)
+
+
+@pytest.mark.parametrize('transform, said', [
+    (lambda item: item['wave'], "transform='Tensor'.*a dict of arrays"), (lambda item: (item['wave'], 1), "transform='tuple'"), (lambda item: None, "transform='NoneType'"),
+    (lambda item: {'x': item['wave'].bfloat16()}, "field 'x'='torch.bfloat16'.*float"), (lambda item: {'x': item['wave'].float().requires_grad_()}, "field 'x'='torch.float32'.*detach"),
+    (lambda item: {'x': 'text'}, "field 'x'='text'.*collate_fn")], ids='tensor tuple none bfloat16 gradient text'.split())
+def test_what_a_transform_may_return(store, transform, said):
+    with PrecomputedSTFTDataset(store, transform=transform) as dataset:
+        with pytest.raises(UsageError, match=said): next(iter(make_loader(dataset, 4)))
+
+
+@pytest.mark.parametrize('change, said', [(dict(batch=10**9), 'at most 26'), (dict(batch=-3), 'at least 0'), (dict(batch='x'), 'at least 0'), (dict(batch=1.5), 'at least 0'), (dict(batch=True), 'at least 0'), (dict(epoch=-1), 'at least 0'), (dict(epoch=None), 'at least 0')], ids=str)
+def test_a_state_that_no_loader_was_in(dataset, change, said):
+    loader = make_loader(dataset, 4)
+    with pytest.raises(UsageError, match=f'{[*change][0]}.*{said}'): loader.load_state_dict({**loader.state_dict(), **change})
+    assert (loader.epoch, loader.batch) == (0, 0)
+    loader.load_state_dict({**loader.state_dict(), 'batch': 26})
+    assert not list(loader)
+
+
+def test_the_state_of_another_store(dataset, tmp_path):
+    "As many items are not the same items"
+    with StoreWriter(tmp_path/'other', dict(another=1)) as writer:
+        for i in range(COUNT): writer.append(encode_record(i, {'number': np.int64(i)}))
+        writer.complete()
+    with PrecomputedSTFTDataset(tmp_path/'other') as other:
+        with pytest.raises(MismatchError, match='store='): make_loader(other, 4).load_state_dict(make_loader(dataset, 4).state_dict())
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_another_epoch_ends_the_pass(dataset, workers):
+    with make_loader(dataset, 8, workers, shuffle=True) as loader:
+        running = iter(loader)
+        next(running)
+        loader.set_epoch(7)
+        with pytest.raises(DatatoolsError, match='set_epoch was called'): next(running)
+        assert (loader.epoch, loader.batch) == (7, 0)
+        assert sorted(sum(map(numbers, loader), [])) == list(range(COUNT)) and loader.epoch == 8
+
+
+def test_memory_within_the_limits_of_a_container(tmp_path):
+    (tmp_path/'own').write_text('0::/job/step\n')
+    def group(folder, most, current, **stat):
+        (tmp_path/folder).mkdir(exist_ok=True)
+        for name, value in (('max', most), ('current', current), ('stat', ''.join(f'{key} {number}\n' for key, number in stat.items()))): (tmp_path/folder/f'memory.{name}').write_text(f'{value}\n')
+    def available(): return _available_bytes(str(tmp_path), str(tmp_path/'own'))
+    machine = psutil.virtual_memory().available
+    group('job', 'max', 10**6)
+    assert available() > machine / 2  # no limit
+    group('job/step', 10 << 20, 9 << 20, anon=0, inactive_file=2 << 20, active_file=1 << 20)
+    assert available() == 4 << 20  # files that are cached make room
+    group('job', 5 << 20, 4 << 20)
+    assert available() == 1 << 20  # the narrowest limit counts
+    group('job', 5 << 20, 6 << 20)
+    assert available() == 0
+    (tmp_path/'own').write_text('12:memory:/old\n')
+    assert available() > machine / 2
+    assert _available_bytes() <= psutil.virtual_memory().total

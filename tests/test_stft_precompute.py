@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from datatools.stft.audio import read_audio
 from datatools.stft.precompute import (PrecomputeOptions, find_audio, is_validation, precompute, read_metadata, split_names, transform_file,
                                        verify_store)
 from datatools.stft.store import environment, open_store
-from datatools.stft.transform import STFTConfig, stft_fields
+from datatools.stft.transform import STFTConfig, open_audio, stft_fields
 
 RATE = 8_000
 CONFIG = STFTConfig(RATE, (256,), 64, segment_seconds=.5)
@@ -118,7 +119,7 @@ def test_items_are_the_transforms_of_the_audio_in_order(corpus, reference):
                     segment[:, :audio[:, start:start + RATE // 2].shape[1]] = audio[:, start:start + RATE // 2]
                     if audio.shape[1] - start < 256: continue
                     record, wanted = store.record(index), stft_fields(segment, CONFIG)
-                    assert record.metadata == dict(source=name, start_seconds=start / RATE, sample_rate=RATE)
+                    assert record.metadata == dict(source=name, start_seconds=start / RATE, samples=min(RATE // 2, audio.shape[1] - start), sample_rate=RATE)
                     assert [*record.fields] == [*wanted] and all((record.fields[key] == wanted[key]).all() for key in wanted)
                     index += 1
                 assert fact['items'] == index - fact['first']
@@ -343,15 +344,43 @@ def test_a_file_that_may_not_be_read():
     finally: shutil.rmtree(folder)
 
 
-def test_a_file_vanishes_after_it_was_listed(tmp_path, monkeypatch):
-    for name in ('a.wav', 'b.wav', 'c.wav'): tone(tmp_path/'in'/name, .5)
-    def listed(inputs):
-        found = find_audio(inputs)
-        found['b.wav'].unlink()
-        return found
-    monkeypatch.setattr(module, 'find_audio', listed)
-    summary = precompute([tmp_path/'in'], tmp_path/'out', CONFIG, 0., options=INLINE)
-    assert reasons(summary) == {'b.wav': 'cannot be opened: No such file or directory'} and summary['train']['items'] == 2
+@pytest.mark.parametrize('options', [INLINE, ONE], ids=['no worker', 'one worker'])
+def test_storage_that_is_away_for_a_while(tmp_path, monkeypatch, options):
+    "What a listing showed and is not there now is no fault of the files: the job stops, and goes on later"
+    for number in range(6): tone(tmp_path/f'in/{number}.wav', .6, seed=number)
+    precompute([tmp_path/'in'], tmp_path/'once', CONFIG, 0., options=INLINE)
+    take = module._take
+    def away(part, result, *rest):
+        take(part, result, *rest)
+        if result.key == '1.wav': (tmp_path/'in').rename(tmp_path/'away')
+    monkeypatch.setattr(module, '_take', away)
+    monkeypatch.setattr(module, 'run_tasks', partial(module.run_tasks, in_flight=1))
+    with pytest.raises(DatatoolsError, match='2.wav: FileNotFoundError.*resume'): precompute([tmp_path/'in'], tmp_path/'out', CONFIG, 0., options=options)
+    monkeypatch.undo()
+    (tmp_path/'away').rename(tmp_path/'in')
+    summary = precompute([tmp_path/'in'], tmp_path/'out', CONFIG, 0., resume=True, options=INLINE)
+    assert summary['train']['items'] == 12 and not reasons(summary)
+    assert hashes(tmp_path/'out') == hashes(tmp_path/'once')
+    tidy(tmp_path/'out')
+
+
+def test_what_cannot_be_read_is_not_damaged(tmp_path, monkeypatch):
+    "Decoders take an error of input and output for damage; the bytes are read before that is believed"
+    for name in 'abc': tone(tmp_path/f'in/{name}.wav', .6)
+    opened = open
+    class Away:
+        "A file that answers as a disk with a bad sector does"
+        def __init__(self, *_): pass
+        def __enter__(self): return self
+        def __exit__(self, *_): pass
+        def read(self, *_): raise OSError(5, 'Input/output error')
+    def some(path, mode='r', *rest, **more): return Away() if str(path).endswith('b.wav') and mode == 'rb' else opened(path, mode, *rest, **more)
+    monkeypatch.setattr(module, 'open', some, raising=False)
+    def damaged(path, *_): raise FormatError(f'{path}: is damaged near 0.00 s')
+    monkeypatch.setattr(module, 'open_audio', lambda path, config: damaged(path) if path.endswith('b.wav') else open_audio(path, config))
+    with pytest.raises(DatatoolsError, match='b.wav: OSError: .*Input/output error'): precompute([tmp_path/'in'], tmp_path/'out', CONFIG, 0., options=INLINE)
+    monkeypatch.setattr(module, 'open', opened, raising=False)
+    assert reasons(precompute([tmp_path/'in'], tmp_path/'out', CONFIG, 0., resume=True, options=INLINE)) == {'b.wav': 'is damaged near 0.00 s'}
 
 
 def deadly(path, *arguments, **options):
@@ -435,10 +464,118 @@ def test_a_file_that_is_half_in_the_store_must_stay_as_it_was(tmp_path, monkeypa
     with soundfile.SoundFile(tmp_path/'in/a.wav', 'w', RATE, 1) as file: file.write(np.zeros(RATE))
     with open(tmp_path/'in/a.wav', 'ab') as file: file.write(bytes(len(sound) - file.tell()))
     with pytest.raises(DatatoolsError, match='fewer of them'): alone(resume=True)
+    tone(tmp_path/'in/a.wav', 20, seed=7)
+    assert (tmp_path/'in/a.wav').stat().st_size == len(sound)
+    with pytest.raises(DatatoolsError, match='a.wav: [0-9]+ of its items are in .* has other audio'): alone(resume=True)
     (tmp_path/'in/a.wav').write_bytes(sound)
     assert alone(resume=True)['train']['items'] == 80
     run(tmp_path/'in', tmp_path/'again', val_fraction=0.)
     assert hashes(tmp_path/'out') == hashes(tmp_path/'again')
+
+
+def halfway(folder, monkeypatch, after, **options):
+    "A job that is stopped when that file is in its store"
+    take = module._take
+    def stops(part, result, *rest):
+        take(part, result, *rest)
+        if result.key == after: raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(module, '_take', stops)
+        patch.setattr(module._Part, 'note', lambda part, name, fact, note=module._Part.note: (note(part, name, fact), part.writer.commit()))
+        with pytest.raises(KeyboardInterrupt): precompute([folder/'in'], folder/'out', CONFIG, 0., options=INLINE, **options)
+
+
+def test_a_file_in_the_store_must_stay_as_it_was(tmp_path, monkeypatch):
+    for number in range(4): tone(tmp_path/f'in/{number}.wav', 1, seed=number)
+    again = partial(precompute, [tmp_path/'in'], tmp_path/'out', CONFIG, 0., resume=True, options=INLINE)
+    precompute([tmp_path/'in'], tmp_path/'once', CONFIG, 0., options=INLINE)
+    halfway(tmp_path, monkeypatch, '1.wav')
+    before = hashes(tmp_path/'out')
+    tone(tmp_path/'in/1.wav', 1, seed=11)  # other audio of the same size
+    with pytest.raises(MismatchError, match='1.wav: its items are in .*train.lmdb, and now it holds something else'): again()
+    assert hashes(tmp_path/'out') == before
+    tone(tmp_path/'in/1.wav', 1, seed=1)  # as it was, at another time
+    os.utime(tmp_path/'in/0.wav')
+    read = []
+    monkeypatch.setattr(module, 'file_checksum', lambda path, whole=module.file_checksum: (read.append(Path(path).name), whole(path))[1])
+    assert again()['train']['items'] == 8
+    assert read == ['0.wav', '1.wav', '2.wav', '3.wav']
+    with environment(tmp_path/'out/train.lmdb') as store, environment(tmp_path/'once/train.lmdb') as once: assert store.sources() == once.sources()
+    again()
+    assert len(read) == 4  # times are the same now: nothing is read
+    with environment(tmp_path/'out/train.lmdb') as store: assert store.sources()['1.wav']['crc32c'] == module.file_checksum(tmp_path/'in/1.wav')
+
+
+def test_files_that_go_while_a_job_rests(tmp_path, monkeypatch):
+    "What is in the store may go; what is not must be there, or be refused by name"
+    for number in range(4): tone(tmp_path/f'in/{number}.wav', 1, seed=number)
+    again = partial(precompute, [tmp_path/'in'], tmp_path/'out', CONFIG, 0., resume=True, options=INLINE)
+    halfway(tmp_path, monkeypatch, '1.wav')
+    for name in ('0.wav', '2.wav'): (tmp_path/'in'/name).unlink()
+    with pytest.raises(MismatchError, match='2.wav: no longer there, and not in'): again()
+    with pytest.raises(UsageError, match="skip='5.wav'"): again(skip=['2.wav', '5.wav'])
+    summary = again(skip=['2.wav'])
+    assert summary['train']['items'] == 6 and summary['items_now'] == 2 and reasons(summary) == {'2.wav': 'was left out by name'}
+    assert verify_store(tmp_path/'out/train.lmdb') == [] and again()['items_now'] == 0
+
+
+def test_a_file_that_always_fails_can_be_left_out(tmp_path, monkeypatch):
+    for name in ('a.wav', 'odd.wav', 'z.wav'): tone(tmp_path/'in'/name, .5)
+    monkeypatch.setattr(module, 'transform_file', deadly)
+    job = partial(precompute, [tmp_path/'in'], tmp_path/'out', CONFIG, 0., resume=True, options=INLINE)
+    for _ in range(2):
+        with pytest.raises(DatatoolsError, match='odd.wav: RuntimeError: out of luck.*skip'): job()
+    summary = job(skip='odd.wav')
+    assert summary['train']['items'] == 2 and reasons(summary) == {'odd.wav': 'was left out by name'}
+
+
+@pytest.mark.parametrize('finished', [True, False], ids=['complete', 'not complete'])
+def test_refused_files_get_another_chance(tmp_path, monkeypatch, finished):
+    for name in ('a.wav', 'segv.wav', 'z.wav'): tone(tmp_path/'in'/name, .5)
+    (tmp_path/'in/empty.wav').touch()
+    def first(path, *arguments, **options): return dict(refused='for a while') if 'segv' in path else transform_file(path, *arguments, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, 'transform_file', first)
+        if finished: precompute([tmp_path/'in'], tmp_path/'out', CONFIG, 0., options=INLINE)
+        else: halfway(tmp_path, monkeypatch, 'segv.wav')
+    again = partial(precompute, [tmp_path/'in'], tmp_path/'out', CONFIG, 0., resume=True, options=INLINE)
+    summary = again(retry_refused=True)
+    assert summary['train']['items'] == 3 and [*reasons(summary)] == ['empty.wav'] and summary['items_now'] == (1 if finished else 2)
+    assert verify_store(tmp_path/'out/train.lmdb') == [] and again()['items_now'] == 0
+    with environment(tmp_path/'out/train.lmdb') as store: assert store.record(store.sources()['segv.wav']['first']).metadata['source'] == 'segv.wav'
+    tidy(tmp_path/'out')
+
+
+def test_a_second_chance_that_is_interrupted(tmp_path, monkeypatch):
+    "Half of a file that was refused once: the items of the store tell whose they are"
+    for name in ('a.wav', 'b.wav', 'c.wav'): tone(tmp_path/'in'/name, 20, seed=ord(name[0]))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, 'transform_file', lambda path, *arguments, **options: dict(refused='for a while') if path.endswith('b.wav') else transform_file(path, *arguments, **options))
+        run(tmp_path/'in', tmp_path/'out', val_fraction=0.)
+    append = module.StoreWriter.append
+    def stops(writer, record):
+        append(writer, record)
+        if writer.count == 100: raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(module.StoreWriter, 'append', stops)
+        with pytest.raises(KeyboardInterrupt): run(tmp_path/'in', tmp_path/'out', val_fraction=0., resume=True, retry_refused=True)
+    assert 80 < counted(tmp_path/'out')[0] < 100
+    summary = run(tmp_path/'in', tmp_path/'out', val_fraction=0., resume=True)
+    assert summary['train']['items'] == 120 and not reasons(summary) and verify_store(tmp_path/'out/train.lmdb') == []
+
+
+def test_an_item_that_no_store_can_hold(tmp_path):
+    "LMDB holds 4 GiB as one value: that is said before there is no memory for it"
+    path = tmp_path/'in/long.wav'
+    path.parent.mkdir()
+    with soundfile.SoundFile(path, 'w', 44_100, 1, 'PCM_U8') as file:
+        for _ in range(40): file.write(np.zeros(44_100 * 400))
+    summary = precompute([tmp_path/'in'], tmp_path/'out', STFTConfig(), 0., options=INLINE)
+    assert 'is too long: an item of 5' in reasons(summary)['long.wav'] and 'segment_seconds' in reasons(summary)['long.wav']
+    with pytest.raises(UsageError, match='segment_seconds=14400'): precompute([tmp_path/'in'], tmp_path/'again', STFTConfig(segment_seconds=14_400), options=INLINE)
+    config = STFTConfig(RATE, (256, 512), 64, 2, dtype='float32')
+    fields = stft_fields(np.zeros((2, 5001), np.float32), config)
+    assert module.item_bytes(config, 5001, True) == sum(fields[f'stft_{window}'].nbytes for window in (256, 512)) + 2 * 5001 * 4
 
 
 def test_two_runs_in_one_directory(corpus, reference, tmp_path):
@@ -498,11 +635,11 @@ def test_relative_paths_hold_wherever_the_workers_are(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('change, said', [
-    (lambda folder: tone(folder/'b.wav', .6), 'b.wav.bytes: 8044 before, 9644 now'), (lambda folder: (folder/'b.wav').unlink(), 'b.wav: .* before, \\(none\\) now'),
+    (lambda folder: tone(folder/'b.wav', .6), 'b.wav.bytes: 8044 before, 9644 now'), 
     (lambda folder: tone(folder/'new.wav', .5), 'new.wav: \\(none\\) before'), (lambda folder: (folder/'b.wav').rename(folder/'c.wav'), 'and 1 more|c.wav: \\(none\\)'),
     (lambda folder: dict(val_fraction=1.), 'a.wav.part: train before, val now'), (lambda folder: dict(config=STFTConfig(RATE, (256,), 32, segment_seconds=.5)), 'hop_length: 64 on disk, 32'),
     (lambda folder: dict(keep_audio=True), 'keep_audio: False on disk, True'), (lambda folder: dict(metadata=table(folder.parent/'t.csv', 'file,label\na.wav,x\n')), 'a.wav.metadata.label: \\(none\\) before, x now')],
-    ids='size gone new renamed split hop audio metadata'.split())
+    ids='size new renamed split hop audio metadata'.split())
 def test_resuming_with_something_else_says_what(tmp_path, change, said):
     for name in ('a.wav', 'b.wav'): tone(tmp_path/'in'/name, .5)
     settings = dict(config=CONFIG, val_fraction=0., options=INLINE)
@@ -532,13 +669,14 @@ def test_metadata_of_both_kinds(tmp_path):
     lines = table(tmp_path/'t.jsonl', '{"file": "sub/b.wav", "caption": "odd\u2028line\u0085end", "tags": ["x", {"y": 1.5}]}\n\n')
     precompute([tmp_path/'in'], tmp_path/'out', CONFIG, 0., metadata=lines, options=INLINE)
     with environment(tmp_path/'out/train.lmdb') as store:
-        assert store.record(1).metadata == dict(source='sub/b.wav', start_seconds=0, sample_rate=RATE, caption='odd\u2028line\u0085end', tags=['x', dict(y=1.5)])
-        assert store.record(0).metadata == dict(source='a.wav', start_seconds=0, sample_rate=RATE)
+        assert store.record(1).metadata == dict(source='sub/b.wav', start_seconds=0, samples=4000, sample_rate=RATE, caption='odd\u2028line\u0085end', tags=['x', dict(y=1.5)])
+        assert store.record(0).metadata == dict(source='a.wav', start_seconds=0, samples=4000, sample_rate=RATE)
 
 
 @pytest.mark.parametrize('name, text, said', [('t.csv', 'name,label\na.wav,x\n', 'entry 1 has no file'), ('t.csv', 'file,label\na.wav,x,y\n', 'more values than'), ('t.csv', 'file,label\na.wav,"x', 'is no table'),
     ('t.csv', 'file,source\na.wav,x\n', "'source' is a name that every item has"), ('t.csv', 'file,label\na.wav,x\na.wav,y\n', 'entry 2 is the second one'), ('t.csv', 'file\nnowhere.wav\n', 'nowhere.wav'),
-    ('t.jsonl', '{"file": "a.wav"\n', 'line 1 is not JSON'), ('t.jsonl', '["a.wav"]\n', 'has no file'), ('t.jsonl', '{"file": "a.wav", "x": NaN}\n', 'NaN is not JSON'), ('t.jsonl', b'{"file": "\xff.wav"}\n', 'not UTF-8')], ids=str)
+    ('t.jsonl', '{"file": "a.wav"\n', 'line 1 is not JSON'), ('t.jsonl', '["a.wav"]\n', 'has no file'), ('t.jsonl', '\n{"file": "a.wav", "x": 1e999}\n', 'line 2 is not JSON: 1e999 is too large'),
+    ('t.json', '[{"file": "a.wav"}]', 'named .csv, or JSON lines named .jsonl'), ('t.tsv', 'file\tx\na.wav\t1\n', 'named .csv, or JSON lines named .jsonl'), ('t.jsonl', '{"file": "a.wav", "x": NaN}\n', 'NaN is not JSON'), ('t.jsonl', b'{"file": "\xff.wav"}\n', 'not UTF-8')], ids=str)
 def test_metadata_that_cannot_be_kept_whole(tmp_path, name, text, said):
     tone(tmp_path/'in/a.wav', .5)
     (tmp_path/name).write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -565,9 +703,15 @@ def test_finding_files(tmp_path):
     (tmp_path/'in/folder.wav').mkdir()
     (tmp_path/'in/link').symlink_to(tmp_path/'other')
     (tmp_path/'other/sub/back').symlink_to(tmp_path/'in')
-    assert [*find_audio(str(tmp_path/'in'))] == ['a/B.FLAC', 'b.wav', 'link/a.wav', 'link/sub/c.ogg']
+    left_out = Counter()
+    assert [*find_audio(str(tmp_path/'in'), left_out)] == ['a/B.FLAC', 'b.wav', 'link/a.wav', 'link/sub/c.ogg'] and left_out == {'.txt': 1}
     assert [*find_audio([tmp_path/'in/notes.txt', tmp_path/'other'])] == ['a.wav', 'notes.txt', 'sub/back/a/B.FLAC', 'sub/back/b.wav', 'sub/c.ogg']
     with pytest.raises(UsageError, match="Two inputs have the name 'a.wav'"): find_audio([tmp_path/'other', tmp_path/'other/a.wav'])
+    (tmp_path/'in/again').symlink_to(tmp_path/'in/a')
+    (tmp_path/'in/third').symlink_to(tmp_path/'in/a')
+    assert [*find_audio(tmp_path/'in')] == ['a/B.FLAC', 'b.wav', 'link/a.wav', 'link/sub/c.ogg']  # nothing twice, names without links
+    for twice in ([tmp_path/'in', tmp_path/'in/a'], [tmp_path/'in/a', tmp_path/'in'], [tmp_path/'in', tmp_path/'other/sub']):
+        with pytest.raises(UsageError, match='Two inputs hold one file'): find_audio(twice)
     for nothing in ([], [tmp_path/'in/folder.wav'], [tmp_path/'nowhere']):
         with pytest.raises(UsageError, match='inputs'): find_audio(nothing)
 
@@ -582,3 +726,10 @@ def test_options_that_the_store_or_torch_refuses(tmp_path, options, said):
     tone(tmp_path/'in/a.wav', .5)
     with pytest.raises(UsageError, match=said): precompute([tmp_path/'in'], tmp_path/'out', CONFIG, options=PrecomputeOptions(workers=0, **options))
     assert precompute([tmp_path/'in'], tmp_path/'out', CONFIG, 0., resume=True, options=INLINE)['train']['items'] == 1
+
+
+@pytest.mark.parametrize('megabytes, workers, wanted', [(1, 2, 8), (100, 16, 16), (100, 2, 4), (4000, 2, 2), (0, 1, 4)])
+def test_the_spool_is_bounded(tmp_path, monkeypatch, megabytes, workers, wanted):
+    "Few long files wait, many short ones; every worker has one"
+    assert module._in_flight([0, megabytes << 20], STFTConfig(), workers) == wanted
+    assert module._in_flight([megabytes << 20], STFTConfig(windows=(2048, 1024), dtype='float32'), workers) <= wanted

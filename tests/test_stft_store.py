@@ -464,3 +464,22 @@ def test_opening_is_fast_and_flat(tmp_path):
             best = min(best, time.perf_counter() - started)
         times.append(best)
     assert times[1] < 3 * times[0] + 1e-4, times
+
+
+def test_a_complete_store_that_grows_again(tmp_path):
+    with StoreWriter(tmp_path/'store', {}) as writer:
+        writer.append(encode_record(0, {'x': np.zeros(3)}))
+        writer.complete(known=1)
+    before = open_store(tmp_path/'store')
+    writer = StoreWriter(tmp_path/'store', {}, resume=True)
+    with pytest.raises(DatatoolsError, match='is complete: nothing can be added'): writer.source('a', 1)
+    assert not (tmp_path/'store/lock.mdb').exists()
+    writer.reopen()
+    writer.reopen()  # the second time there is nothing to do
+    assert (tmp_path/'store/lock.mdb').exists() and not open_store(tmp_path/'store').complete
+    writer.append(encode_record(1, {'x': np.ones(3)}))
+    writer.complete(known=2)
+    writer.close()
+    with pytest.raises(DatatoolsError, match='closed'): writer.reopen()
+    after = open_store(tmp_path/'store')
+    assert (before.count, after.count, after.facts, after.complete) == (1, 2, {'known': 2}, True)

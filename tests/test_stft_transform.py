@@ -1,5 +1,7 @@
 """Audio files and their STFTs: exact round trips, agreement with librosa and SciPy, and files of every kind of badness."""
+import errno
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -167,6 +169,14 @@ def test_works_in_a_forked_process(python):
     assert found.stdout.strip() == '7', found.stderr
 
 
+def test_audio_that_runs_backwards():
+    audio = sound(5000)
+    audio.flags.writeable = False
+    for turned in (audio[:, ::-1], audio.repeat(2, axis=1)[:, ::-2]):
+        assert (packed_stft(turned, 256, 64)[0] == packed_stft(turned.copy(), 256, 64)[0]).all()
+        assert torch.equal(stft(turned, 256, 64), stft(turned.copy(), 256, 64))
+
+
 def test_read_only_and_stacked_arrays_unpack_without_a_warning():
     packed = [packed_stft(sound(8000, level=10.0**-k), 512, 128) for k in range(3)]
     stacked, scales = np.stack([array for array, _ in packed]), np.array([scale for _, scale in packed])
@@ -212,7 +222,7 @@ def test_damage_comes_after_the_segments_before_it(tmp_path):
     (tmp_path/'b.flac').write_bytes(whole[:len(whole) * 3 // 4])
     found = []
     with pytest.raises(FormatError, match='is damaged|is cut off'):
-        for start, _ in audio_segments(tmp_path/'b.flac', STFTConfig(segment_seconds=1)): found.append(start)
+        for start, *_ in audio_segments(tmp_path/'b.flac', STFTConfig(segment_seconds=1)): found.append(start)
     assert found == [float(k) for k in range(len(found))] and 3 <= len(found) < 9
 
 
@@ -234,6 +244,11 @@ def test_configuration():
     for wrong in (dict(windows=(2047,)), dict(windows='2048'), dict(hop_length=0), dict(hop_length=2049), dict(segment_seconds=float('nan')),
                   dict(segment_seconds=-1), dict(channels=True), dict(sample_rate=0), dict(dtype='half')):
         with pytest.raises(UsageError, match=next(iter(wrong))): STFTConfig(**wrong)
+    for wrong in (True, '1', [1]):
+        with pytest.raises(UsageError, match='a number of seconds, or None'): STFTConfig(segment_seconds=wrong)
+    for seconds in (np.float32(2), np.int64(2)):
+        config = STFTConfig(segment_seconds=seconds)
+        assert config == STFTConfig(segment_seconds=2) and type(config.segment_seconds) in (int, float) and json.dumps(config.as_dict())
 
 
 # Audio files
@@ -286,17 +301,18 @@ def test_segments_are_the_file(tmp_path_factory, samples, frames, least, rate):
             with pytest.raises(FormatError, match='too short'): [*reader.segments(frames, least)]
             return
         segments = [*reader.segments(frames, least)]
-    assert all(segment.shape == (1, frames) for _, segment in segments)
-    assert [start for start, _ in segments] == [k * frames / rate for k in range(len(segments))]
+    assert all(segment.shape == (1, frames) for _, segment, _ in segments)
+    assert [start for start, *_ in segments] == [k * frames / rate for k in range(len(segments))]
     assert len(segments) == total // frames + (total % frames >= least) or frames < least
-    joined = np.concatenate([segment for _, segment in segments], axis=1) if segments else whole[:, :0]
+    joined = np.concatenate([segment for _, segment, _ in segments], axis=1) if segments else whole[:, :0]
     length = min(total, joined.shape[1])
+    assert sum(samples for *_, samples in segments) == length
     assert np.array_equal(joined[:, :length], whole[:, :length]) and not joined[:, length:].any()
 
 
 def test_segments_are_new_arrays(tmp_path):
     path = write(tmp_path/'a.wav', sound(RATE))
-    with AudioReader(path) as reader: first, second, *_ = [segment for _, segment in reader.segments(5000)]
+    with AudioReader(path) as reader: first, second, *_ = [segment for _, segment, _ in reader.segments(5000)]
     assert not np.shares_memory(first, second) and not np.array_equal(first, second)
 
 
@@ -315,7 +331,7 @@ def test_a_segment_holds_at_least_one_window(tmp_path):
     write(tmp_path/'enough.wav', sound(2048))
     write(tmp_path/'rest.wav', sound(22050 + 2047))
     with pytest.raises(FormatError, match='too short: 2047 frames at 44100 Hz, at least 2048'): [*audio_segments(tmp_path/'short.wav', config)]
-    [(start, segment)] = audio_segments(tmp_path/'enough.wav', config)
+    [(start, segment, samples)] = audio_segments(tmp_path/'enough.wav', config)
     assert start == 0 and segment.shape == (1, 22050)
     assert len([*audio_segments(tmp_path/'rest.wav', config)]) == 1
 
@@ -385,6 +401,39 @@ def test_wrong_parameters(tmp_path):
         with pytest.raises(UsageError, match='frames=0'): [*reader.segments(0)]
 
 
+def with_rate(path, rate):
+    "A WAV file whose header states that sample rate"
+    content = write(path, sound(32_000)).read_bytes()
+    path.write_bytes(content[:24] + rate.to_bytes(4, 'little') + content[28:])
+    return path
+
+
+@pytest.mark.parametrize('rate', [1, 10, 99, 768_001, 2**31 - 1])
+def test_a_sample_rate_that_is_none(tmp_path, rate):
+    for wanted in (None, RATE, 768_000):
+        with pytest.raises(FormatError, match=f'states a sample rate of {rate} Hz; 100 to 768000 Hz are read'): AudioReader(with_rate(tmp_path/'a.wav', rate), wanted)
+
+
+def test_sample_rates_that_are_too_far_apart(tmp_path):
+    path = with_rate(tmp_path/'a.wav', 100)
+    assert read_audio(path)[1] == 100 and read_audio(path, 100)[0].shape == (1, 32_000)
+    assert read_audio(path, 12_800, 1)[0].shape == (1, 32_000 * 128)
+    for rate in (RATE, 768_000):
+        with pytest.raises(FormatError, match=f'100 Hz, which is too far from {rate} Hz'): read_audio(path, rate)
+
+
+def test_trouble_of_the_system_is_not_damage(tmp_path, monkeypatch):
+    "What libsndfile reports as an error of the system, as a network file system that is away gives it"
+    path = write(tmp_path/'a.wav', sound(RATE))
+    def fails(*_, **__): raise soundfile.LibsndfileError(2)
+    with AudioReader(path) as reader:
+        monkeypatch.setattr(soundfile.SoundFile, 'read', fails)
+        with pytest.raises(OSError, match='a.wav') as caught: reader.read()
+    assert caught.value.errno == errno.EIO
+    monkeypatch.setattr(soundfile, 'SoundFile', fails)
+    with pytest.raises(OSError, match='a.wav'): AudioReader(path)
+
+
 @pytest.mark.parametrize('size', [0xFFFFFFFF, 0x7FFFFFFF, 0xFFFFFFFF - 36])
 def test_a_wav_from_a_pipe_is_read(tmp_path, size):
     content = bytearray(write(tmp_path/'a.wav', sound(RATE)).read_bytes())
@@ -400,7 +449,7 @@ def test_pedalboard_reads_what_soundfile_refuses_and_that_is_said(tmp_path, name
     with AudioReader(tmp_path/f'b.{name}', channels=1) as reader:
         assert reader.facts.reader == 'pedalboard' and 'ormat' in reader.facts.refused
         np.testing.assert_allclose(reader.read(), read_audio(whole)[0], atol=1e-3)
-        assert np.array_equal(np.concatenate([segment for _, segment in reader.segments(4410)], axis=1), reader.read())
+        assert np.array_equal(np.concatenate([segment for _, segment, _ in reader.segments(4410)], axis=1), reader.read())
 
 
 @pytest.mark.parametrize('name', ['a name with spaces.wav', 'Übung – 音.wav', "quote'\".wav", '-.wav'])
@@ -424,7 +473,7 @@ def test_files_are_closed(tmp_path):
 
 
 def test_importing_is_light():
-    code = 'import sys, datatools.stft.transform; print(*sorted({"pedalboard", "librosa", "numba", "scipy", "matplotlib"} & {*sys.modules}))'
+    code = 'import sys, datatools.stft.transform; print(*sorted({"pedalboard", "librosa", "h5py", "matplotlib"} & {*sys.modules}))'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == ''
 
 
@@ -436,7 +485,7 @@ def test_real_audio(shared_data):
     config = STFTConfig(segment_seconds=3)
     for path in files:
         with AudioReader(path) as reader: assert reader.facts.reader == 'soundfile' and not reader.facts.refused
-        for start, audio in audio_segments(path, config):
+        for start, audio, _ in audio_segments(path, config):
             array, scale = packed_stft(audio, 2048, 512)
             assert array.shape == config.shape(2048, config.segment_frames)
             restored = istft(unpack(array, scale), 512, audio.shape[1]).numpy()

@@ -5,18 +5,21 @@
 # %% auto #0
 __all__ = ['PrecomputedSTFTDataset']
 
-# %% ../../nbs/stft/24_dataset.ipynb #0c6365dd
-import html, math, operator, os, struct
+# %% ../../nbs/stft/24_dataset.ipynb #1df89f5a
+import html, math, mmap, operator, os, warnings, weakref
 
 import lmdb
 import numpy as np
 import torch
 from fastcore.basics import patch
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
 from ..core import FormatError, UsageError, bad_value, human_bytes
 from .records import Schema, decode_record
 from .store import environment, item_key, item_offsets, open_store
-from .transform import VIEWS, spectrum_view, unpack
+from .transform import VIEWS, STFTConfig, spectrum_view, unpack
 
 # %% ../../nbs/stft/24_dataset.ipynb #15ba8f9c
 def _fields_of(
@@ -34,7 +37,7 @@ def _fields_of(
         if name not in offered: raise bad_value('fields', name, offered)
     return {name: scales.get(name) for name in fields}
 
-# %% ../../nbs/stft/24_dataset.ipynb #40af1961
+# %% ../../nbs/stft/24_dataset.ipynb #09b18209
 class PrecomputedSTFTDataset(torch.utils.data.Dataset):
     "Items of a precomputed store by number"
     def __init__(self,
@@ -46,18 +49,19 @@ class PrecomputedSTFTDataset(torch.utils.data.Dataset):
         self.info = open_store(data_dir)
         self.path, self.count, self.transform, self.view = self.info.path, self.info.count, transform, view
         self.fields = _fields_of(self.info.schema, fields, view) if self.info.schema else {}
-        self._environment = self._offsets = self._file = None
+        self._environment = self._places = None
+        if not self.info.complete:
+            warnings.warn(f'{self.path} is not complete: the job that makes it is at work, or was interrupted. These are the first {self.count} items.', stacklevel=2)
 
     def __len__(self): return self.count
-    def __getstate__(self): return dict(self.__dict__, _environment=None, _offsets=None, _file=None)
+    def __getstate__(self): return dict(self.__dict__, _environment=None, _places=None)
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
     def close(self):
         "Give the files back; the next item opens them again"
         if self._environment is not None: self._environment.close()
-        if self._file is not None: os.close(self._file)
-        self._environment = self._offsets = self._file = None
+        self._environment = self._places = None
 
     def _open(self):
         "The environment of this process"
@@ -124,18 +128,84 @@ def metadata(self: PrecomputedSTFTDataset,
     number = self._number(index)
     return {'index': number, **self._read([number], lambda record: decode_record(record).metadata)[0]}
 
-# %% ../../nbs/stft/24_dataset.ipynb #c19d9f7d
-_hash_and_index = struct.Struct('<QQ')  # at byte 16 of a record
+# %% ../../nbs/stft/24_dataset.ipynb #a8ed88bc
+_memcpy = types.ExternalFunction('memcpy', types.intp(types.intp, types.intp, types.intp))
+
+@intrinsic
+def _stream_64(typing, target, source):
+    "Copy 64 bytes to an address that is a multiple of 64, past the cache"
+    def code(context, builder, signature, addresses):
+        to, from_ = (builder.inttoptr(each, ir.VectorType(ir.IntType(64), 8).as_pointer()) for each in addresses)
+        store = builder.store(builder.load(from_, align=1), to, align=64)
+        store.set_metadata('nontemporal', builder.module.add_metadata([ir.IntType(32)(1)]))
+        return context.get_dummy_value()
+    return types.void(types.intp, types.intp), code
+
+@intrinsic
+def _stream_end(typing):
+    "Have everything that was streamed arrive before anything that is written from now on"
+    def code(context, builder, signature, _):
+        builder.fence('seq_cst')
+        return context.get_dummy_value()
+    return types.void(), code
+
+# %% ../../nbs/stft/24_dataset.ipynb #17ae7eb4
+@njit('void(intp, intp, intp)', nogil=True, cache=True)
+def _stream(target, source, size):
+    "memcpy past the cache"
+    first = min(-target % 64, size)
+    blocks = (size - first) // 64
+    _memcpy(target, source, first)
+    for at in range(first, first + 64 * blocks, 64): _stream_64(target + at, source + at)
+    done = first + 64 * blocks
+    _memcpy(target + done, source + done, size - done)
+
+_memory = types.Array(types.uint8, 1, 'C', readonly=True)
+
+@njit(types.intp(types.intp, _memory, types.int64[::1], types.int64[::1], types.int64[::1], types.uint8[::1], types.int64[:, ::1], types.boolean), nogil=True, cache=True)
+def _copy_items(address, memory, offsets, lengths, numbers, beginning, fields, stream):
+    "Copy fields (offset, size, target) of items in memory, which begins at an address; the row of the first record that is not its item, else -1"
+    least, checked = (fields[:, 0] + fields[:, 1]).max(), len(beginning)
+    for row in range(len(numbers)):
+        number, begin = numbers[row], offsets[numbers[row]]
+        if lengths[number] < max(least, checked + 8): return row
+        for k in range(checked):
+            if memory[begin + k] != beginning[k]: return row
+        for k in range(8):
+            if memory[begin + checked + k] != number >> 8 * k & 255: return row
+        for offset, size, target in fields:
+            if stream: _stream(target + row * size, address + begin + offset, size)
+            else: _memcpy(target + row * size, address + begin + offset, size)
+    if stream: _stream_end()
+    return -1
+
+# %% ../../nbs/stft/24_dataset.ipynb #1cfc2406
+@patch
+def _placed(self: PrecomputedSTFTDataset):
+    "Where the records lie, looked up once: offsets and lengths, the bytes of the file, its descriptor"
+    if self._places is None:
+        (offsets, lengths), file = item_offsets(self.path), os.open(self.path, os.O_RDONLY)
+        try: mapped = mmap.mmap(file, 0, access=mmap.ACCESS_READ)
+        except BaseException:
+            os.close(file)
+            raise
+        memory = np.frombuffer(mapped, np.uint8)
+        weakref.finalize(memory, os.close, file)
+        if hasattr(mmap, 'MADV_RANDOM'): mapped.madvise(mmap.MADV_RANDOM)  # no read-ahead, as in the environment
+        if len(offsets) < self.count or (offsets + lengths).max(initial=0) > len(memory): raise FormatError(f'{self.path}: was replaced while it was open')
+        self._places = offsets, lengths, memory, file
+    return self._places
 
 @patch
 def read_into(self: PrecomputedSTFTDataset,
-    indices,       # integers
-    arrays: dict,  # name -> array (len(indices), …), C-contiguous, dtype and shape of the item
+    indices,               # integers
+    arrays: dict,          # name -> array (len(indices), …), C-contiguous, dtype and shape of the item
+    stream: bool = False,  # past the processor's cache: for arrays in turns that are larger than that
 ) -> None:
     "Read items into the rows of arrays"
-    numbers = [self._number(index) for index in indices]
-    if self.transform is None and self.info.constant_schema and not any(self.fields.values()): return self._copy(numbers, arrays)
-    for row, index in enumerate(numbers):
+    info, plain = self.info, self.transform is None and not any(self.fields.values())
+    if plain and info.constant_schema and info.complete and len(indices): return self._copy(self._numbers(indices), arrays, stream)
+    for row, index in enumerate(self._numbers(indices).tolist()):
         item = self[index]
         if not isinstance(item, dict) or {*item} != {*arrays}: raise UsageError(f'Item {index} is not a dict with the fields {", ".join(arrays)}.')
         for name, array in arrays.items():
@@ -143,39 +213,45 @@ def read_into(self: PrecomputedSTFTDataset,
             if value.shape != array.shape[1:] or value.dtype != array.dtype: raise _differs(name, index, value, array)
             array[row] = value
 
+@patch
+def _numbers(self: PrecomputedSTFTDataset, indices):
+    "The indices as numbers from 0 to count - 1"
+    numbers = np.asarray(indices)
+    if numbers.dtype.kind == 'i' and len(numbers) and -self.count <= numbers.min() and numbers.max() < self.count:
+        return np.where(numbers < 0, numbers + self.count, numbers).astype(np.int64)
+    return np.array([self._number(index) for index in indices], np.int64)
+
 def _differs(name, index, value, array):
     "The error for an item that does not fit the batch"
     return UsageError(f'Field {name!r} of item {index} is {value.dtype}{list(value.shape)}, the batch has {array.dtype}{list(array.shape[1:])}: '
         'all items of a batch must agree. Cut them to one length in transform=…, leave the field out by fields=[…], '
         'or give make_loader a collate_fn.')
 
-# %% ../../nbs/stft/24_dataset.ipynb #9490f781
+# %% ../../nbs/stft/24_dataset.ipynb #b3bbbd1e
 @patch
-def _copy(self: PrecomputedSTFTDataset, numbers, arrays):
-    "Copy stored fields; all records have the schema of the store"
-    schema, handle, copies = self.info.schema, self._open(), []
+def _copy(self: PrecomputedSTFTDataset, numbers, arrays, stream):
+    "Copy stored fields of a complete store whose records all have one schema"
+    schema, (offsets, lengths, memory, _), fields = self.info.schema, self._placed(), []
     for name, array in arrays.items():
         offset, dtype, shape = schema.place(name)
         if array.shape[1:] != shape or array.dtype != dtype: raise _differs(name, numbers[0], np.empty(shape, dtype), array)
-        size = math.prod(shape) * dtype.itemsize
-        copies.append((memoryview(array.reshape(-1).view(np.uint8)), offset, offset + size, size))
-    with handle.begin() as transaction:
-        get, items, head = transaction.get, handle.items, _hash_and_index.unpack_from
-        for row, index in enumerate(numbers):
-            record = get(item_key(index), db=items)
-            if record is None or len(record) < schema.end or head(record, 16) != (schema.hash, index): raise self._damaged(index, record)
-            for target, begin, end, size in copies: target[row * size:row * size + size] = record[begin:end]
+        if len(array) < len(numbers) or not (array.flags.c_contiguous and array.flags.writeable):
+            raise bad_value(f'arrays[{name!r}]', f'an array of shape {array.shape}', f'C-contiguous and writeable, with a row for each of {len(numbers)} items')
+        fields.append((offset, math.prod(shape) * dtype.itemsize, array.ctypes.data))
+    if not fields: return
+    wrong = _copy_items(memory.ctypes.data, memory, offsets, lengths, numbers, np.frombuffer(bytearray(schema.prefix), np.uint8), np.array(fields), stream)
+    if wrong >= 0: raise self._damaged(int(numbers[wrong]))
 
 @patch
-def _damaged(self: PrecomputedSTFTDataset, index, record):
+def _damaged(self: PrecomputedSTFTDataset, index):
     "Why a record cannot be read"
-    if record is None: reason = f'it is missing, although the store counts {self.count} items'
-    else:
-        try: reason = f'it is item {decode_record(record).index} with {Schema.of_record(record)!r}, the store has {self.info.schema!r}'
-        except FormatError as error: reason = str(error)
+    offsets, lengths, memory, _ = self._placed()
+    record = memory[offsets[index]:offsets[index] + lengths[index]]
+    try: reason = f'it is item {decode_record(record).index} with {Schema.of_record(record)!r}, the store has {self.info.schema!r}'
+    except FormatError as error: reason = str(error)
     return FormatError(f'{self.path}: item {index}: {reason}')
 
-# %% ../../nbs/stft/24_dataset.ipynb #9a08c064
+# %% ../../nbs/stft/24_dataset.ipynb #f68b6f9b
 _ADVICE = 1 << 17  # bytes in one request; the kernel cuts longer ones down to its read-ahead
 
 @patch
@@ -184,13 +260,13 @@ def advise(self: PrecomputedSTFTDataset,
 ) -> None:
     "Have the kernel fetch items in the background; does nothing where they are in memory, or on a system without such advice"
     if not len(indices) or not hasattr(os, 'posix_fadvise'): return
-    if self._offsets is None: self._offsets, self._file = item_offsets(self.path), os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-    offsets, lengths = (column[indices].tolist() for column in self._offsets)
+    *columns, _, file = self._placed()
+    offsets, lengths = (column[indices].tolist() for column in columns)
     some = slice(None, None, -(-len(offsets) // 8))
-    if all(_in_memory(self._file, offset + length - 1) for offset, length in zip(offsets[some], lengths[some])): return
+    if all(_in_memory(file, offset + length - 1) for offset, length in zip(offsets[some], lengths[some])): return
     for offset, length in zip(offsets, lengths):
         for begin in range(offset, offset + length, _ADVICE):
-            os.posix_fadvise(self._file, begin, min(_ADVICE, offset + length - begin), os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(file, begin, min(_ADVICE, offset + length - begin), os.POSIX_FADV_WILLNEED)
 
 def _in_memory(file, offset):
     "Is a byte of a file in the page cache?"
@@ -198,11 +274,19 @@ def _in_memory(file, offset):
     try: return os.preadv(file, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
     except OSError: return False  # BlockingIOError where it is not, another error where the file system cannot tell
 
-# %% ../../nbs/stft/24_dataset.ipynb #a8b92475
+# %% ../../nbs/stft/24_dataset.ipynb #b7772f6e
 @patch(as_prop=True)
 def name(self: PrecomputedSTFTDataset) -> str:
     "The last part of the path, without `data.mdb`"
     return self.path.name if self.info.single_file else self.path.absolute().parent.name
+
+@patch(as_prop=True)
+def config(self: PrecomputedSTFTDataset) -> STFTConfig:
+    "How the audio became items, as `istft` and a model need to know"
+    config = self.info.config
+    parameters = config.get('stft', config) if isinstance(config, dict) else None
+    if isinstance(parameters, dict) and 'windows' in parameters: return STFTConfig.from_dict(parameters)
+    raise UsageError(f'{self.path} was not made by precompute: its configuration, info.config, is of another kind.')
 
 @patch
 def __repr__(self: PrecomputedSTFTDataset):
@@ -212,8 +296,9 @@ def __repr__(self: PrecomputedSTFTDataset):
 def _repr_html_(self: PrecomputedSTFTDataset):
     "Parameters and fields as tables"
     def row(*cells): return '<tr>' + ''.join(f'<td>{html.escape(str(cell))}</td>' for cell in cells) + '</tr>'
-    facts = {'items': self.count, 'complete': self.info.complete, 'size': human_bytes(self.info.file_bytes), 'view': self.view, **self.info.config}
+    given = self.info.config if isinstance(self.info.config, dict) else {'config': self.info.config}
+    facts = [('items', self.count), ('complete', self.info.complete), ('size', human_bytes(self.info.file_bytes)), ('view', self.view), *given.items()]
     places = self.info.schema.places if self.info.schema else {}
     stored = [row(name, dtype.name, ' × '.join(map(str, shape)), 'yes' if name in self.fields else '') for name, (_, dtype, shape) in places.items()]
-    return (f'<b>{html.escape(self.name)}</b><table>{"".join(row(*fact) for fact in facts.items())}</table>'
+    return (f'<b>{html.escape(self.name)}</b><table>{"".join(row(*fact) for fact in facts)}</table>'
             f'<table><tr><th>stored field</th><th>dtype</th><th>shape</th><th>chosen</th></tr>{"".join(stored)}</table>')

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 
 from ..core import FormatError, bad_value, canonical_json
 
-# %% ../../nbs/stft/21_records.ipynb #bafe7eeb
+# %% ../../nbs/stft/21_records.ipynb #ace7306e
 MAGIC, VERSION = b'DTRECORD', 1
 HEAD = struct.Struct('<8sHHIQQQIII12x')
 PREFIX = struct.Struct('<8sHHIQ')     # what all records of one schema begin with
@@ -30,7 +30,8 @@ INDEX_AT = PREFIX.size                # where the number of the item is
 RESERVED = bytes(12)
 ALIGNMENT, PAGE_HEAD = 64, 16
 DTYPES = {dtype: dtype.str for dtype in (np.dtype(kind).newbyteorder('<') for kind in '? i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8 c8 c16'.split())}
-MOST_FIELDS, MOST_DIMENSIONS, MOST_BYTES = 1024, 32, 1 << 40
+MOST_FIELDS, MOST_DIMENSIONS = 1024, 32
+MOST_BYTES = (1 << 32) - 1  # of a record: what LMDB holds as one value
 
 
 def _aligned(offset):
@@ -77,7 +78,7 @@ class Schema:
     def __hash__(self): return self.hash
     def __repr__(self): return 'Schema(' + ', '.join(f'{name} {np.dtype(dtype).name}{list(shape)}' for name, dtype, shape in self.entries) + ')'
 
-# %% ../../nbs/stft/21_records.ipynb #b63afa4c
+# %% ../../nbs/stft/21_records.ipynb #b73980b3
 def _checked_field(name, value):
     "The value as an array of one of the allowed dtypes, C order, little-endian"
     if type(value) is np.ndarray and value.dtype in DTYPES and value.flags.c_contiguous: return value
@@ -96,7 +97,7 @@ def _schema_of(entries):
         if not (isinstance(name, str) and name and name.isprintable()): raise bad_value('fields', name, 'named by non-empty printable strings')
     schema = Schema(entries)
     if len(entries) > MOST_FIELDS: raise bad_value('fields', f'{len(entries)} arrays', f'at most {MOST_FIELDS} arrays')
-    if schema.end > MOST_BYTES: raise bad_value('fields', f'{schema.end} bytes', f'at most {MOST_BYTES} bytes')
+    if schema.end > MOST_BYTES: raise bad_value('fields', f'{schema.end} bytes', f'at most {MOST_BYTES} bytes', 'Make several items of it.')
     return schema
 
 
@@ -141,7 +142,7 @@ def _schema_in(text: bytes):
     if schema.end > MOST_BYTES: raise FormatError(f'damaged record: its shapes ask for {schema.end} bytes')
     return schema
 
-# %% ../../nbs/stft/21_records.ipynb #8261cb60
+# %% ../../nbs/stft/21_records.ipynb #f5c2e2d3
 _encoder = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(',', ':'))
 
 
@@ -165,6 +166,7 @@ def encode_record(
     arrays = {name: _checked_field(name, value) for name, value in fields.items()}
     schema = _schema_of(tuple([(name, DTYPES[array.dtype], array.shape) for name, array in arrays.items()]))
     text, parts, position = _metadata_json(metadata), [bytes(HEAD.size), schema.json], HEAD.size + len(schema.json)
+    if schema.end + len(text) > MOST_BYTES: raise bad_value('metadata', f'{len(text)} bytes', f'at most {MOST_BYTES - schema.end} bytes beside these fields')
     for (offset, _, _), array in zip(schema.places.values(), arrays.values()):
         parts += bytes(offset - position), array
         position = offset + array.nbytes

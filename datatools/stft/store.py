@@ -307,7 +307,7 @@ def sources(self: Environment) -> dict:  # key -> fact, sorted by key
         raise FormatError(f'{self.path}: damaged: a source is not a key and a fact')
     return dict(pairs)
 
-# %% ../../nbs/stft/22_store.ipynb #628c5ddd
+# %% ../../nbs/stft/22_store.ipynb #9821d065
 DURABILITIES = ('fast', 'full')
 
 
@@ -323,7 +323,6 @@ def _create(directory, config, map_size, commit_bytes):
         with env.begin(write=True) as txn:
             databases = [env.open_db(name, txn=txn) for name in NAMES]
             for name, value in values.items(): txn.put(name.encode(), canonical_json(value), db=databases[1])
-        env.sync(True)
     finally: env.close()
     os.replace(new/'data.mdb', directory/'data.mdb')
     (directory/'lock.mdb').touch()
@@ -335,15 +334,26 @@ def _checked_size(name, value, least):
     if isinstance(value, int) and not isinstance(value, bool) and least <= value <= 1 << 46: return value
     raise bad_value(name, value, f'an integer from {least} to {1 << 46} (bytes)')
 
-# %% ../../nbs/stft/22_store.ipynb #e7d39957
-def _keep_freed_memory():
-    "Let the C library use freed memory again instead of giving it back to the kernel (glibc only)"
-    trim_threshold, mmap_threshold = -1, -3  # names of mallopt
-    if hasattr(_c_library(), 'mallopt'):
-        _c_library().mallopt(mmap_threshold, 32 << 20)
-        _c_library().mallopt(trim_threshold, 512 << 20)
+# %% ../../nbs/stft/22_store.ipynb #ccb61804
+_keepers = set()
 
-# %% ../../nbs/stft/22_store.ipynb #6e633ff7
+@contextmanager
+def _freed_memory_kept():
+    "Meanwhile the C library uses freed memory again instead of giving it back to the kernel (glibc only)"
+    trim_threshold, mmap_threshold = -1, -3  # names of mallopt
+    library, keepers, me = _c_library(), _keepers, object()
+    if not (hasattr(library, 'mallopt') and hasattr(library, 'malloc_trim')): return (yield)
+    keepers.add(me)
+    library.mallopt(mmap_threshold, 32 << 20)
+    library.mallopt(trim_threshold, 512 << 20)
+    try: yield
+    finally:
+        keepers.discard(me)
+        if not keepers:
+            library.mallopt(trim_threshold, 64 << 20)  # which glibc itself arrives at when an array of 32 MB is freed
+            library.malloc_trim(0)
+
+# %% ../../nbs/stft/22_store.ipynb #a5c5d44b
 class StoreWriter:
     "Writes the items of one store, in order; of several writers only one gets in"
     def __init__(self,
@@ -352,7 +362,7 @@ class StoreWriter:
         map_size: int = 1 << 30,         # bytes of address space to begin with; grows by itself
         durability: str = 'fast',        # what a crash of the system may cost: 'fast' the last transaction, 'full' nothing
         resume: bool = False,            # go on with the store that is there, or begin one
-        commit_bytes: int = 128 << 20,   # bytes of records per transaction; a store that is resumed keeps its own
+        commit_bytes: int = 64 << 20,    # bytes of records per transaction; a store that is resumed keeps its own
     ):
         if durability not in DURABILITIES: raise bad_value('durability', durability, DURABILITIES)
         self.path, self.file, self.durability = Path(path), Path(path)/'data.mdb', durability
@@ -376,14 +386,14 @@ class StoreWriter:
         self.committed, self.is_complete, self.commit_bytes = info.count, info.complete, info.commit_bytes
         self.schema, self.constant_schema = info.schema, info.constant_schema
         if not self.is_complete: (self.path/'lock.mdb').touch()
-        _keep_freed_memory()
+        self._stack.enter_context(_freed_memory_kept())
 
     @property
     def count(self):
         "Number of items so far, those that are not yet committed included; the number of the next item"
         return self.committed + len(self.records)
 
-# %% ../../nbs/stft/22_store.ipynb #ed34f18b
+# %% ../../nbs/stft/22_store.ipynb #30a5ca1b
 @patch
 def append(self: StoreWriter,
     record,  # bytes from `encode_record`, its index the `count`; not to be changed afterwards
@@ -410,9 +420,14 @@ def source(self: StoreWriter,
 
 
 @patch
-def _check_open(self: StoreWriter):
+def _check_closed(self: StoreWriter):
     if self._stack is None: raise DatatoolsError(f'The writer of {self.path} is closed: open it again with resume=True.')
-    if self.is_complete: raise DatatoolsError(f'{self.path} is complete: nothing can be added.')
+
+
+@patch
+def _check_open(self: StoreWriter):
+    self._check_closed()
+    if self.is_complete: raise DatatoolsError(f'{self.path} is complete: nothing can be added. `reopen` lets it grow again.')
 
 # %% ../../nbs/stft/22_store.ipynb #3d19cfbf
 @patch
@@ -438,7 +453,7 @@ def _write(self: StoreWriter, **final):
     self.committed += len(self.records)
     self.records, self.facts, self.waiting_bytes = [], {}, 0
 
-# %% ../../nbs/stft/22_store.ipynb #b5609c91
+# %% ../../nbs/stft/22_store.ipynb #9d709bd0
 @patch
 def _transaction(self: StoreWriter, map_size, final):
     "Open, write, commit, close"
@@ -454,9 +469,9 @@ def _transaction(self: StoreWriter, map_size, final):
             schema = self.schema and self.schema.entries
             for name, value in dict(count=self.count, schema=schema, constant_schema=self.constant_schema, **final).items():
                 _put(txn, meta, name.encode(), canonical_json(value))
-        if final.get('complete'): env.sync(True)
         end = (env.info()['last_pgno'] + 1) * env.stat()['psize']
         if self.file.stat().st_size < end: os.truncate(self.file, end)  # pages that were reserved, but never written
+        if final.get('complete'): env.sync(True)
     finally: env.close()
 
 
@@ -464,21 +479,28 @@ def _put(txn, database, key, value):
     "Write a value, unless it is there already: a page that is not touched is not written"
     if txn.get(key, db=database) != value: txn.put(key, value, db=database)
 
-# %% ../../nbs/stft/22_store.ipynb #3ab5d105
+# %% ../../nbs/stft/22_store.ipynb #2166670b
 @patch
 def complete(self: StoreWriter,
     **facts,  # values of JSON, to be found in `StoreInfo.facts`
 ) -> None:
     "Write the rest, force all of it to the disk and declare the store complete"
     if not self.is_complete:
-        self.commit()
-        descriptor = os.open(self.file, os.O_RDONLY)
-        try: os.fsync(descriptor)
-        finally: os.close(descriptor)
+        self._check_open()
         self._write(complete=True, facts=facts)
         self.is_complete = True
     (self.path/'lock.mdb').unlink(missing_ok=True)  # no writer will come any more: readers need no locks
     fsync_directory(self.path)
+
+
+@patch
+def reopen(self: StoreWriter) -> None:
+    "Let a complete store grow again; nobody may read it meanwhile, for readers of a complete store are without a lock"
+    self._check_closed()
+    if not self.is_complete: return
+    (self.path/'lock.mdb').touch()
+    self._write(complete=False)
+    self.is_complete = False
 
 
 @patch

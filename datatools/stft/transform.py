@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from ..core import bad_value
 from .audio import AudioReader, read_audio
 
-# %% ../../nbs/stft/20_transform.ipynb #68accbed
+# %% ../../nbs/stft/20_transform.ipynb #9890ff74
 DTYPES = ('float16', 'float32', 'complex64')
 
 
@@ -50,8 +50,12 @@ class STFTConfig:
         _whole('channels', self.channels, 1, 1024)
         if self.dtype not in DTYPES: raise bad_value('dtype', self.dtype, DTYPES)
         if self.segment_seconds is None: return
-        if not isinstance(self.segment_seconds, (int, float)) or not max(windows) <= self.segment_seconds * self.sample_rate < 2**31:
-            raise bad_value('segment_seconds', self.segment_seconds, f'at least one window ({max(windows) / self.sample_rate:.4f} s), or None')
+        seconds = self.segment_seconds
+        if isinstance(seconds, (bool, np.bool_)) or not isinstance(seconds, (int, float, np.integer, np.floating)):
+            raise bad_value('segment_seconds', seconds, 'a number of seconds, or None')
+        if not max(windows) <= seconds * self.sample_rate < 2**31:
+            raise bad_value('segment_seconds', seconds, f'at least one window ({max(windows) / self.sample_rate:.4f} s), or None')
+        if not isinstance(seconds, (int, float)): object.__setattr__(self, 'segment_seconds', seconds.item())
 
 # %% ../../nbs/stft/20_transform.ipynb #53fe1251
 @patch
@@ -96,7 +100,7 @@ def packed_shape(
     "Shape of a packed STFT"
     return (channels, window // 2 + 1, 1 + samples // hop_length) + (() if dtype == 'complex64' else (2,))
 
-# %% ../../nbs/stft/20_transform.ipynb #bfa2d0cc
+# %% ../../nbs/stft/20_transform.ipynb #dabcc500
 def open_audio(
     path,                # str or Path
     config: STFTConfig,  # sample rate and channels
@@ -108,11 +112,11 @@ def open_audio(
 def audio_segments(
     path,                # str or Path
     config: STFTConfig,  # what the segments are
-):                       # yields (start in seconds, float32 (channels, frames))
+):                       # yields (start in seconds, float32 (channels, frames), how many of the frames are audio)
     "The segments of a file, decoded as they are asked for"
     with open_audio(path, config) as reader: yield from reader.segments(config.segment_frames, least=max(config.windows))
 
-# %% ../../nbs/stft/20_transform.ipynb #066a99ba
+# %% ../../nbs/stft/20_transform.ipynb #c576b41a
 @contextmanager
 def one_thread():
     "Keep torch to one thread: processes share the cores, and the last bits do not depend on how many there are"
@@ -139,8 +143,9 @@ def checked_device(
 def as_tensor(
     array,  # NumPy array, read-only ones included, or tensor
 ):          # a tensor on the same memory; never write to it
-    "A tensor that shares the array's memory, without torch's warning about read-only arrays"
+    "A tensor that shares the array's memory, unless that runs backwards; without torch's warning about read-only arrays"
     if isinstance(array, torch.Tensor): return array
+    if any(stride < 0 for stride in array.strides): array = np.ascontiguousarray(array)  # torch has no way to say that
     if array.flags.writeable: return torch.from_numpy(array)
     return torch.from_numpy(np.asarray(_Borrowed(array)))
 
