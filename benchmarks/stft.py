@@ -14,7 +14,7 @@ timed, and every item of that epoch is accounted for. What consumes the batches 
 shuffled epoch, page cache dropped before, against the plain configuration (LMDB with its read-ahead off, no advice to
 the kernel) and LMDB as it comes. The start of workers is counted. What the disk of a virtual machine keeps in the memory
 of its host stays there. **write**: a complete store against a plain file with fsync,
-in a process that has the memory for a transaction already, like a job that writes more than one; the first store is shown, too. **precompute**: WAV files to
+in a process that has the memory for a transaction already, like a job that writes more than one. **precompute**: WAV files to
 complete stores, on one core, as multiples of real time; with a worker process its start, about two seconds of imports, weighs the
 more the shorter the job is. **kill**: the same job killed (SIGKILL) at random moments and
 resumed: how many ended in the same bytes, and whether an item was lost that had been committed.
@@ -386,12 +386,10 @@ def _writing(place, kind, megabytes, rounds):
         return time.perf_counter() - begin
     contestants = {'plain file + fsync': plain, 'datatools, records made before': lambda path: write_store(path, items, records),
         'datatools, records with their checksums made, too': lambda path: write_store(path, items)}
-    first = timed(contestants['datatools, records made before'])
     with _freed_memory_kept():  # as between the transactions of a longer job
         for write in contestants.values(): timed(write)
         seconds = seconds_of({name: partial(timed, write) for name, write in contestants.items()}, rounds)
-    measure, amount = f'write, {len(items):,} items of {kind.name}', len(items) * kind.size / 1e6
-    rows = [Row(measure, 'datatools, the first store of the process', per_second([first], amount), 'MB/s')]
+    measure, amount, rows = f'write, {len(items):,} items of {kind.name}', len(items) * kind.size / 1e6, []
     for name, each in seconds.items():
         rows.append(Row(measure, name, per_second(each, amount), 'MB/s'))
         if not name.endswith('made before'): continue  # a plain file has no checksums
