@@ -7,7 +7,7 @@ __all__ = ['app', 'Directories', 'Directory', 'Output', 'Ranges', 'Workers', 'Se
            'BatchSize', 'Json', 'Network', 'Epochs', 'Fraction', 'Examples', 'Device', 'Order', 'GameIds', 'Sampler',
            'Pruner', 'shard_directories', 'make_shards_command', 'convert_command', 'facts_of', 'inspect_command',
            'record_of', 'verify_command', 'compress_command', 'decompress_command', 'mix_report_command', 'stream_of',
-           'save_plot', 'train_command', 'board_size_of', 'sweep_command']
+           'save_plot', 'train_command', 'board_size_of', 'sweep_command', 'space_of']
 
 # %% ../../nbs/pool/39_main.ipynb #d5d5241e
 from dataclasses import replace
@@ -188,7 +188,7 @@ def save_plot(report, path):
     figure = report.plot()
     getattr(figure, 'figure', figure).savefig(path, bbox_inches='tight')
 
-# %% ../../nbs/pool/39_main.ipynb #610fad14
+# %% ../../nbs/pool/39_main.ipynb #9b3ebafb
 Network = Annotated[str, typer.Option(help="Channels and blocks of the network: '16x2', '32x4', '64x6', …")]
 Epochs = Annotated[int, typer.Option(help='Passes over the data.')]
 Fraction = Annotated[float, typer.Option('--validation-fraction', help='Share of the positions of every directory that is put aside; whole shards and whole games.')]
@@ -241,9 +241,10 @@ def board_size_of(directories):
 def sweep_command(
     directories:Directories,
     output_dir:Output = ...,
-    trials:Annotated[Optional[int], typer.Option(help='Trials in all, those of other processes included. [default: every point of the grid]')] = 20,
+    trials:Annotated[Optional[int], typer.Option(help='Trials in all, those of other processes included. [default: 20, or every point of the grid]')] = None,
     sampler:Annotated[Sampler, typer.Option(help='tpe learns from the trials before, grid tries every combination.')] = 'tpe',
     pruner:Annotated[Pruner, typer.Option(help='Ends trials that fall behind.')] = 'median',
+    choices:Annotated[Optional[List[str]], typer.Option(metavar='NAME=A,B,…', help='What to choose a hyperparameter from, for each that is searched; the grid needs it. [default: ranges of learning_rate, weight_decay and value_weight]')] = None,
     network:Network = '32x4',
     epochs:Epochs = 3,
     shard_range:Ranges = None,
@@ -261,10 +262,29 @@ def sweep_command(
     from datatools.pool.training import TrainingSettings
     from datatools.pool.tuning import run_hyperparameter_tuning_current_data
     with clear_errors('Interrupted. The study is safe: the same command goes on with it.', dict(data_dirs='DIRS', results_dir='--output-dir', random_seed='--seed')):
-        result = run_hyperparameter_tuning_current_data(shard_directories(directories), output_dir, trials=trials, sampler=sampler.value, pruner=pruner.value, settings=TrainingSettings(epochs=epochs),
+        result = run_hyperparameter_tuning_current_data(shard_directories(directories), output_dir, space=space_of(choices), trials=20 if trials is None and sampler is Sampler.tpe else trials, sampler=sampler.value, pruner=pruner.value, settings=TrainingSettings(epochs=epochs),
             network=network, batch_size=batch_size, random_seed=seed, device=device, show=show_progress, shard_ranges=shard_range or None,
             validation_fraction=validation_fraction, pool_size=pool_size, max_memory_gb=max_memory_gb, max_examples_unaugmented=max_examples)
         show(dict(output_dir=str(output_dir), trials=result.trials), True) if as_json else typer.echo(str(result))
+
+# %% ../../nbs/pool/39_main.ipynb #f32dc5b9
+def space_of(
+    choices:list,  # of 'name=a,b,…', or None
+) -> dict:         # name -> list of choices; None for the usual ranges
+    "The hyperparameters that are searched"
+    if not choices: return None
+    pairs = [each.partition('=') for each in choices]
+    for each, (name, _, values) in zip(choices, pairs):
+        if not name or not values: raise UsageError(f'choices={each!r} is not understood: allowed is NAME=A,B,…, such as learning_rate=0.001,0.003.')
+    return {name: [_value(each) for each in values.split(',')] for name, _, values in pairs}
+
+
+def _value(text):
+    "A number where it is one"
+    for kind in (int, float):
+        try: return kind(text)
+        except ValueError: continue
+    return text
 
 # %% ../../nbs/pool/39_main.ipynb #efdb7d02
 #| eval: false

@@ -32,12 +32,12 @@ def _symmetries_of(begin, count, key, symmetries):
     for i in range(count): chosen[i] = _hashed(np.uint64(begin + i), key) * np.uint64(symmetries) >> np.uint64(32)
     return chosen
 
-# %% ../../nbs/pool/35_dataset.ipynb #ec77fb40
+# %% ../../nbs/pool/35_dataset.ipynb #ce6a2241
 class PoolMemoryError(MemoryLimitError):
     "The process grew beyond its limit; `report` says what was measured, `state` is what `load_state_dict` takes to go on"
-    def __init__(self, message, report, state):
+    def __init__(self, message, report=None, state=None):
         super().__init__(message, report)
-        self.state = state
+        self.args, self.state = (message, report, state), state  # all of them, so that it survives pickling
 
 
 class StreamingMixedShardDataset(IterableDataset):
@@ -46,7 +46,7 @@ class StreamingMixedShardDataset(IterableDataset):
         data_dirs,                      # shard directories: paths, or sources as of `discover_and_split_multiple_data`
         shard_ranges=None,              # a range for each: 'a-b' (inclusive), 'all', 'none'; None for all
         pool_size:int=2_000_000,        # rows that are mixed with each other, the length of a round
-        refill_threshold:int=None,      # order 'sequential' only: fewer rows in the pool than this, and it is refilled; None: three quarters of it
+        refill_threshold:int=1_500_000,  # order 'sequential' only: fewer rows in the pool than this, and it is refilled; by default at most three quarters of it
         max_memory_gb:float=5.0,        # limit for this process and its pools, in 10⁹ bytes
         enable_augmentation:bool=True,  # show every example in a random one of its symmetries
         max_examples_unaugmented:int=None,  # rows of an epoch, None for all; the next epoch takes others
@@ -64,7 +64,7 @@ class StreamingMixedShardDataset(IterableDataset):
         self.codec = _checked_codec(codec, self.sources[0].directory.codec)
         self.seed = random_seed if random_seed is not None else secrets.randbits(48)
         self.pool_size, self.batch_size, self.order, self.verbose = pool_size, batch_size, order, verbose
-        self.refill_threshold = pool_size * 3 // 4 if refill_threshold is None else refill_threshold
+        self.refill_threshold = refill_threshold
         self.max_memory_gb, self.enable_augmentation, self.max_examples_unaugmented = max_memory_gb, enable_augmentation, max_examples_unaugmented
         self.weights = _own_weights(self.sources)
         self.rank, self.world_size = _place_among_ranks(rank, world_size, random_seed)
@@ -75,6 +75,11 @@ class StreamingMixedShardDataset(IterableDataset):
         self._check_memory(self._share(1, 0), 1)
 
     def __iter__(self): return self._decoded()
+
+    def __setstate__(self, state):
+        "A copy has an epoch of its own, which its workers see as well"
+        self.__dict__.update(state)
+        if not self._shared.is_shared(): self._shared = self._shared.clone().share_memory_()
 
 # %% ../../nbs/pool/35_dataset.ipynb #1d23a670
 def _find_sources(data_dirs, shard_ranges, weights):
@@ -107,7 +112,7 @@ def _place_among_ranks(rank, world_size, seed):
     if world_size > 1 and seed is None: raise bad_value('random_seed', None, 'an integer, the same in all processes that train together')
     return rank, world_size
 
-# %% ../../nbs/pool/35_dataset.ipynb #fc7a7b77
+# %% ../../nbs/pool/35_dataset.ipynb #a4477ba2
 def _whole(name, value, least, remedy=''):
     "A whole number, or an error"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least: raise bad_value(name, value, f'a whole number from {least} on', remedy)
@@ -119,6 +124,7 @@ def _check(self:StreamingMixedShardDataset):
     if self.max_examples_unaugmented is not None: _whole('max_examples_unaugmented', self.max_examples_unaugmented, 1)
     _whole('pool_size', self.pool_size, self.batch_size or 1, 'A pool holds at least one batch.')
     _whole('refill_threshold', self.refill_threshold, 0)
+    if self.refill_threshold == 1_500_000: self.refill_threshold = min(1_500_000, self.pool_size * 3 // 4)  # the default, for smaller pools as well
     if self.refill_threshold >= self.pool_size: raise bad_value('refill_threshold', self.refill_threshold, f'less than pool_size, {self.pool_size}')
     if isinstance(self.max_memory_gb, bool) or not isinstance(self.max_memory_gb, numbers.Real) or not self.max_memory_gb > 0:
         raise bad_value('max_memory_gb', self.max_memory_gb, 'a number above 0')

@@ -87,13 +87,13 @@ def permuted(begin, size, keys, out):
         first += np.uint64(1)
         if first == low: first, second = none, second + np.uint64(1)
 
-# %% ../../nbs/pool/34_order.ipynb #0fd866f8
+# %% ../../nbs/pool/34_order.ipynb #5d234aec
 def make_deck(
     rounds:int,             # R
     rng:np.random.Generator,
 ) -> np.ndarray:            # (cards, R) uint16 or uint32; cards is a power of two, every line a permutation
     "Random permutations of the numbers of the rounds"
-    cards = min(4096, max(64, 1 << max(0, (1 << 18) // rounds).bit_length() - 1))
+    cards = 1 << min(12, max(6, ((1 << 18) // rounds).bit_length() - 1))
     return rng.permuted(np.tile(np.arange(rounds, dtype=np.uint16 if rounds <= 1 << 16 else np.uint32), (cards, 1)), axis=1)
 
 
