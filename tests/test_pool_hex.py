@@ -116,6 +116,16 @@ def test_wrong_arguments_are_refused(arguments):
     with pytest.raises(UsageError): codec.decode(np.zeros(2, HexCodec(12).dtype))
 
 
+@pytest.mark.parametrize('arguments, name', [(dict(value=[0, -1]), 'value=-1'), (dict(value=.5), 'value=0.5'), (dict(value=[float('nan'), 0]), 'value=nan'),
+    (dict(value=[0, 1, 1]), "value='3 numbers"), (dict(source=300), 'source=300'), (dict(source=[0, -1]), 'source=-1'), (dict(source=.5), "source='float64"),
+    (dict(source=[1, 2, 3]), 'source=')])
+def test_only_zeros_and_ones_are_encoded(arguments, name):
+    codec = HexCodec(5)
+    with pytest.raises(UsageError, match=name): codec.encode(np.zeros((2, 2, 5, 5)), **arguments)
+    with pytest.raises(UsageError, match='board=0.3'): codec.encode(np.full((2, 2, 5, 5), .3))
+    assert codec.encode(np.zeros((2, 2, 5, 5)), value=torch.tensor([[True], [False]]), source=[3, 255])['flags'].tolist() == [2, 0]
+
+
 @lru_cache(None)
 def brute_force(size, cells, colour):
     "Whether `colour`, whose move it is, wins, by trying everything"

@@ -246,11 +246,21 @@ def test_soft_policies_only_on_request(tmp_path, examples):
     spread = np.full(SIZE * SIZE, 1 / SIZE / SIZE, np.float32)
     path = write(tmp_path/'a.pkl.gz', [examples[0] | dict(policy=spread)])
     with pytest.raises(FormatError, match='spread over 25 cells. Convert with soft_policy=True'): convert(path, tmp_path/'out', workers=0)
+    dust = np.zeros(SIZE * SIZE, np.float32)
+    dust[:2] = .9995, .0005
+    nearly = write(tmp_path/'nearly.pkl.gz', [examples[0], examples[0] | dict(policy=dust)])
+    with pytest.raises(FormatError, match='nearly.pkl.gz: example 1: policy is spread over 2 cells. Convert with soft_policy=True'): convert(nearly, tmp_path/'out2', workers=0)
     sharp = write(tmp_path/'b.pkl.gz', examples)
     convert(sharp, tmp_path/'sharp', workers=0)
     with pytest.raises(MismatchError, match='soft_policy'): convert(sharp, tmp_path/'sharp', soft_policy=True)
     made = convert(path, tmp_path/'soft', workers=0, soft_policy=True)
     assert np.allclose(made.codec.decode(made.shards[0].records())['policy'].numpy(), spread, atol=1e-3)
+
+
+def test_any_error_names_its_file(tmp_path, monkeypatch, examples):
+    def full(*arguments): raise OSError('no room')
+    monkeypatch.setattr(legacy, 'write_shard', full)
+    with pytest.raises(FormatError, match=r'/a\.pkl\.gz: .*no room'): convert(write(tmp_path/'a.pkl.gz', examples), tmp_path/'out', workers=0)
 
 
 def test_blocks_count_examples_through(tmp_path, monkeypatch, examples):

@@ -298,10 +298,34 @@ def test_a_shard_that_grew_or_is_gone_or_was_exchanged(tmp_path):
     write_shard(first, some_records(directory.shards[0].rows, 1000), np.arange(directory.shards[0].rows) // 5, CODEC)
     if first.stat().st_size == len(kept):
         with pytest.raises(FormatError, match='1 of 3 shards'): ShardDirectory.open(directory.path).verify()
+        with pytest.raises(MismatchError, match='other contents'): ShardDirectory.open(directory.path).shards[0].records()
     write_shard(first, some_records(3), codec=CODEC)
     with pytest.raises(MismatchError, match='has changed'): directory.shards[0].records()  # opened before it was exchanged
     with pytest.raises(FormatError, match='1 of 3 shards'): directory.verify()
     assert len(second.read_bytes())
+
+
+@pytest.mark.parametrize('read', [lambda shard: shard.records(), lambda shard: shard.games(), lambda shard: shard.read(0, 1), lambda shard: shard.first_byte, lambda shard: shard.check_unchanged()])
+def test_a_change_in_place_is_found_when_a_shard_is_first_read(tmp_path, read):
+    directory = small(tmp_path/'mine')
+    changed, same = directory.shards[1], directory.shards[0]
+    with open(changed.path, 'r+b') as file:
+        file.seek(64 + 5 * DTYPE.itemsize)
+        file.write(b'\xAA' * 40)
+    with pytest.raises(MismatchError, match='shard_0001.records has changed since .* same size, but other contents. Restore'): read(ShardDirectory.open(directory.path).shards[1])
+    with pytest.raises(MismatchError): read(changed)  # the directory was open already
+    with pytest.raises(MismatchError): read(pickle.loads(pickle.dumps(changed)))
+    read(same)
+
+
+def test_a_large_shard_written_anew_is_found_by_its_footer(tmp_path):
+    records = some_records(200_000)
+    write_shard(tmp_path/'shard_0000.records', records, codec=CODEC)
+    finish_directory(tmp_path, CODEC).shards[0].check_unchanged()
+    records['number'][70_000] += 1
+    write_shard(tmp_path/'shard_0000.records', records, codec=CODEC)
+    changed = ShardDirectory.open(tmp_path)  # a digit more or less in a checksum changes the size
+    with pytest.raises(MismatchError, match='other contents'): changed.shards[0].records()
 
 
 def test_records_that_the_codec_refuses_are_found_by_verify(tmp_path):
@@ -325,6 +349,7 @@ def test_records_that_the_codec_refuses_are_found_by_verify(tmp_path):
     lambda fields: fields['shards'][0].update(rows='16'),
     lambda fields: fields['shards'][0].update(games=-1),
     lambda fields: fields['shards'][0].pop('checksum'),
+    lambda fields: fields['shards'][0].update(sample='0'),
     lambda fields: fields['shards'].append(fields['shards'][0]),
     lambda fields: fields['shards'].append(None),
     lambda fields: fields.update(shards=[]),

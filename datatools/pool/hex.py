@@ -307,24 +307,43 @@ def decode(self: HexCodec,
     elif self.soft_policy: _move_policy(records['soft_policy'].astype(np.float32), self._moved, symmetry, cells)
     return dict(board=board, policy=policy, value=value)
 
-# %% ../../nbs/pool/31_hex.ipynb #10944b5a
+# %% ../../nbs/pool/31_hex.ipynb #1a7bf812
+def _zeros_and_ones(name, values):
+    "Numbers as booleans; others than 0 and 1 are refused"
+    values = np.asarray(values)
+    wrong = np.atleast_1d((values != 0) & (values != 1))
+    if wrong.any(): raise bad_value(name, np.atleast_1d(values)[wrong][0].item(), '0 or 1 everywhere')
+    return values != 0
+
+
+def _checked_sources(source, rows):
+    "Source numbers for so many records"
+    source = np.asarray(source)
+    if source.dtype.kind not in 'iu' or source.shape not in ((), (rows,)):
+        raise bad_value('source', f'{source.dtype}{source.shape}', f'an integer from 0 to 255, or {rows} of them')
+    wrong = np.atleast_1d((source < 0) | (source > 255))
+    if wrong.any(): raise bad_value('source', int(np.atleast_1d(source)[wrong][0]), 'from 0 to 255')
+    return source
+
+# %% ../../nbs/pool/31_hex.ipynb #07a1e425
 @patch
 def encode(self: HexCodec,
-    board,             # (B, 2 or 3, n, n): blue, red, side to move; anything but 0 is a stone
+    board,             # (B, 2 or 3, n, n): blue, red, side to move; 0 or 1
     policy = None,     # (B,) cells, -1 for none, or (B, n·n) probabilities; None for none anywhere
     value = 0,         # (B,) or (B, 1): 0 where blue wins, 1 where red wins
     source = 0,        # (B,) or one for all: 0 … 255
 ) -> np.ndarray:       # (B,) records
     "Records of some positions; their ply is the number of stones"
-    board = np.asarray(board) != 0
+    board, value = _zeros_and_ones('board', board), _zeros_and_ones('value', value).reshape(-1)
+    if len(value) not in (1, len(board)): raise bad_value('value', f'{len(value)} numbers', f'one for all or one for each of {len(board)} positions')
     if board.ndim != 4 or board.shape[1] not in (2, 3) or board.shape[2:] != (self.board_size,)*2:
         raise bad_value('board.shape', board.shape, f'(B, 2 or 3, {self.board_size}, {self.board_size})')
     records, stones = np.zeros(len(board), self.dtype), board[:, :2].reshape(len(board), 2, self.cells)
     for colour, name in enumerate(('blue', 'red')): records[name] = np.packbits(stones[:, colour], axis=1, bitorder='little')
     count = stones.sum(2)
     red_to_move = board[:, 2, 0, 0] if board.shape[1] == 3 else count[:, 0] > count[:, 1]
-    records['flags'] = red_to_move*RED_TO_MOVE + (np.asarray(value).reshape(-1) != 0)*RED_WINS
-    records['ply'], records['source'] = count.sum(1), source
+    records['flags'] = red_to_move*RED_TO_MOVE + value*RED_WINS
+    records['ply'], records['source'] = count.sum(1), _checked_sources(source, len(board))
     records['policy'], soft = self._encoded_policy(policy, len(board))
     if self.soft_policy: records['soft_policy'] = soft
     return records

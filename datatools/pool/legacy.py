@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['READ_BYTES', 'LINE', 'TWO_LINES', 'UNKNOWN', 'SIZES', 'PREFIX_BYTES', 'PREFIXES', 'PLAIN_DTYPE', 'NDARRAY',
-           'STAND_INS', 'ALLOWED', 'LIMIT_BYTES', 'REPAIR', 'KEYS', 'GAME_IDS', 'SUM_TOLERANCE', 'ONE_CELL',
-           'BLOCK_ROWS', 'LEGACY_NAME', 'RECORD', 'WORK', 'read_gzip', 'scan_pickle', 'DtypeStandIn', 'ArrayStandIn',
-           'Callable', 'Encoder', 'RestrictedUnpickler', 'restricted_loads', 'load_legacy', 'board_size_of', 'Block',
-           'GameNumbers', 'read_block', 'winner', 'check_boards', 'check_policies', 'convert_file', 'find_legacy_files',
-           'game_order', 'convert']
+           'STAND_INS', 'ALLOWED', 'LIMIT_BYTES', 'REPAIR', 'KEYS', 'GAME_IDS', 'SUM_TOLERANCE', 'BLOCK_ROWS',
+           'LEGACY_NAME', 'RECORD', 'WORK', 'read_gzip', 'scan_pickle', 'DtypeStandIn', 'ArrayStandIn', 'Callable',
+           'Encoder', 'RestrictedUnpickler', 'restricted_loads', 'load_legacy', 'board_size_of', 'Block', 'GameNumbers',
+           'read_block', 'winner', 'check_boards', 'check_policies', 'convert_file', 'find_legacy_files', 'game_order',
+           'convert']
 
 # %% ../../nbs/pool/32_legacy.ipynb #2c75f507
 import gzip
@@ -403,8 +403,8 @@ def _first(block, wrong, what, remedy=REPAIR):
     "Raise for the first example that is wrong"
     if wrong.any(): raise block.fault(wrong.argmax(), what(wrong.argmax()), remedy)
 
-# %% ../../nbs/pool/32_legacy.ipynb #5c3d86b5
-SUM_TOLERANCE, ONE_CELL = 1e-3, .999  # a policy may miss the sum 1 by so much; a cell that holds so much holds all
+# %% ../../nbs/pool/32_legacy.ipynb #ded8bc31
+SUM_TOLERANCE = 1e-3  # a policy may miss the sum 1 by so much
 
 
 def check_policies(
@@ -420,7 +420,7 @@ def check_policies(
     taken = (policy > 0) & block.board.any(1).reshape(len(block), -1)
     _first(block, taken.any(1), lambda row: f'policy is on an occupied cell: {_cell(n, taken[row].argmax())}')
     if not soft_policy:
-        _first(block, given & (policy.max(1) < ONE_CELL), lambda row: f'policy is spread over {(policy[row] > 0).sum()} cells',
+        _first(block, (policy > 0).sum(1) > 1, lambda row: f'policy is spread over {(policy[row] > 0).sum()} cells',
                'Convert with soft_policy=True, which stores a probability for every cell.')
     winners = np.full(len(block), -1)
     winners[~given] = [winner(board) for board in block.board[~given]]
@@ -509,7 +509,7 @@ def game_order(
     _, first, which = np.unique(game, return_index=True, return_inverse=True)
     return np.lexsort((ply, first[which]))
 
-# %% ../../nbs/pool/32_legacy.ipynb #449cb977
+# %% ../../nbs/pool/32_legacy.ipynb #b495b581
 RECORD, WORK = 'conversion.json', '.conversion'  # beside the manifest: what was converted; while it goes on: ledger and parts
 
 
@@ -530,7 +530,7 @@ def _make_parts(files, output, options, limit_bytes, workers, show):
         parts.append(output/WORK/f'{config_hash(key)[:32]}{SUFFIX}')
         tasks.append(Task(key, (file, parts[-1], options['soft_policy'], options['game_ids'], options['source_number'], limit_bytes)))
     results = [*run_tasks(convert_file, tasks, workers=workers, ledger=output/WORK/'ledger', ledger_config=options, show_progress=show, description='convert')]
-    wrong = [result.error.message.removeprefix('FormatError: ') if result.error.kind == 'exception' else f'{file}: {result.error}'
+    wrong = [result.error.message.removeprefix('FormatError: ') if result.error.message.startswith('FormatError: ') else f'{file}: {result.error}'
              for file, result in zip(files, results) if result.error]
     if wrong:
         more = f'\n… and {len(wrong) - 20} more' if len(wrong) > 20 else ''
