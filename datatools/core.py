@@ -41,7 +41,7 @@ class MemoryLimitError(DatatoolsError):
     "The process grew beyond the memory it was allowed."
     def __init__(self,
         message: str,         # what happened
-        report: dict,         # figures of `MemoryMeter.report`
+        report: dict = None,  # figures of `MemoryMeter.report`
     ):
         super().__init__(message, report)  # both, so that it survives pickling
         self.report = report

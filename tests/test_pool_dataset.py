@@ -1,20 +1,23 @@
 "The mixed stream: exactly once, the same for any ranks and workers, resumed anywhere, within its memory."
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
-import textwrap
+import time
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from datatools.core import FormatError, MemoryLimitError, MismatchError, UsageError
+from datatools.core import FormatError, MemoryLimitError, MismatchError, UsageError, peak_rss_bytes
 from datatools.pool.codecs import RecordCodec
-from datatools.pool.dataset import StreamingMixedShardDataset, make_loader
+from datatools.pool.dataset import PoolMemoryError, StreamingMixedShardDataset, make_loader
 from datatools.pool.order import EpochPlan, Share
-from datatools.pool.shards import ShardWriter
+from datatools.pool.shards import finish_directory, write_shard
+from datatools.pool.sources import find_shards
 
 KIND = np.dtype([('row', '<u4'), ('shard', '<u2'), ('directory', '<u2')])
 ODD = np.dtype([('number', '<u4'), ('text', 'S9')])  # 13 bytes: not whole words
@@ -22,7 +25,6 @@ QUOTED = dict(pool_size=700, random_seed=5, batch_size=64)
 
 
 def write_directory(path, number, shard_rows, kind=KIND):
-    from datatools.pool.shards import finish_directory, write_shard
     path.mkdir(parents=True)
     for shard, rows in enumerate(shard_rows):
         records = np.zeros(rows, kind)
@@ -71,7 +73,10 @@ def test_the_stream_is_every_row_once_in_the_quota(directories, order, seed):
         shares = np.array([3401, 601, 17]) / 4019
         counts = np.cumsum((found >> 48)[:, None] == np.arange(3), axis=0)
         assert abs(counts - np.arange(1, 4020)[:, None] * shares).max() < 1
-    assert np.array_equal(np.concatenate(list(dataset.provenance()))[:, 1], found & 0xFFFFFFFF)
+    sources = np.concatenate(list(dataset.provenance()))
+    names = np.array([(each.directory.path.name, int(shard.path.stem[-4:])) for each in dataset.sources for shard in each.shards], object)
+    assert np.array_equal(sources[:, 1], found & 0xFFFFFFFF)
+    assert np.array_equal(names[sources[:, 0], 1].astype(int), found >> 32 & 0xFFFF) and np.array_equal([ord(name) - ord('a') for name in names[sources[:, 0], 0]], found >> 48)
 
 
 @pytest.mark.parametrize('order', ['rounds', 'sequential'])
@@ -81,11 +86,14 @@ def test_ranks_and_workers_share_one_stream(directories, order):
     for ranks in (1, 2, 3, 8):
         for workers in (0, 1, 2, 4):
             parts = [[keys([batch]) for batch in make_loader(StreamingMixedShardDataset(directories, rank=rank, world_size=ranks, **options), workers)]
-                     for rank in range(ranks if workers < 2 or ranks < 3 else 1)]
+                     for rank in range(ranks if workers < 2 or ranks < 3 else 2)]
             lengths = {len(part) for part in parts}
             assert lengths == {len(StreamingMixedShardDataset(directories, rank=0, world_size=ranks, **options))}
             if len(parts) == ranks: assert np.array_equal(np.concatenate([batch for group in zip(*parts) for batch in group]), whole), (ranks, workers)
-            else: assert np.array_equal(parts[0][0], whole[:64]) and np.array_equal(parts[0][1], whole[64 * ranks:64 * ranks + 64])
+            else:
+                for rank, part in enumerate(parts):
+                    full = 4019 // (64 * ranks) * 64 * ranks  # what is left after that is divided evenly
+                    for number, batch in enumerate(part[:full // (64 * ranks)]): assert np.array_equal(batch, whole[64 * (ranks * number + rank):][:64])
 
 
 @pytest.mark.parametrize('order', ['rounds', 'sequential'])
@@ -201,7 +209,6 @@ def test_game_ordered_shards_are_mixed_like_a_full_shuffle(tmp_path):
 
 
 def test_shards_that_change_while_they_are_read(tmp_path):
-    from datatools.pool.shards import ShardDirectory
     path = write_directory(tmp_path/'a', 0, [500, 500])
     dataset = StreamingMixedShardDataset([path], pool_size=100, batch_size=10, random_seed=0)
     stream = dataset.raw_batches()
@@ -209,7 +216,8 @@ def test_shards_that_change_while_they_are_read(tmp_path):
     last = dataset.shards[1].path
     whole = last.read_bytes()
     last.unlink()
-    with pytest.raises(MismatchError, match='is gone'): list(stream)
+    assert sum(map(len, stream)) == 990, 'what is mapped stays whole'
+    with pytest.raises(MismatchError, match='is gone'): list(dataset.raw_batches())
     last.write_bytes(whole[:2000])
     with pytest.raises((FormatError, MismatchError), match='truncated|changed'): list(dataset.raw_batches())
     with pytest.raises(MismatchError, match='changed since its manifest'): StreamingMixedShardDataset([path], random_seed=0)
@@ -231,3 +239,91 @@ def test_memory_of_all_workers_counts(directories, tmp_path):
     dataset = StreamingMixedShardDataset([tmp_path/'many'], batch_size=1000, random_seed=0, max_memory_gb=.6)
     loader = make_loader(dataset, 30)
     with pytest.raises(MemoryLimitError, match='in 30 workers'): next(iter(loader))
+
+
+def test_a_copy_has_an_epoch_that_its_workers_see(directories):
+    for copied in (copy.deepcopy, lambda dataset: pickle.loads(pickle.dumps(dataset))):
+        loader = make_loader(copied(StreamingMixedShardDataset(directories, **QUOTED)), 1)
+        alone = StreamingMixedShardDataset(directories, **QUOTED)
+        for epoch in (0, 3):
+            loader.set_epoch(epoch)
+            alone.set_epoch(epoch)
+            assert np.array_equal(keys(loader), keys(alone))
+
+
+def test_errors_of_workers_come_as_they_are(tmp_path):
+    path = write_directory(tmp_path/'a', 0, [500, 500])
+    dataset = StreamingMixedShardDataset([path], pool_size=100, batch_size=10, random_seed=0)
+    dataset.shards[1].path.unlink()
+    with pytest.raises(MismatchError, match='is gone|missing') as caught: list(make_loader(dataset, 1))
+    assert 'Traceback' not in str(caught.value)
+    error = PoolMemoryError('too much', dict(rss_bytes=1), dict(position=5))
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == 'too much' and again.report == error.report and again.state == error.state
+
+
+def test_a_breach_in_a_worker_brings_the_state(directories):
+    dataset = StreamingMixedShardDataset(directories, **QUOTED)
+    loader = make_loader(dataset, 1)
+    dataset._check_memory = lambda *_: None  # what is needed fits; what the process has is the matter here
+    dataset.max_memory_gb = 1e-3
+    with pytest.raises(PoolMemoryError, match='resident') as caught: list(loader)
+    assert caught.value.state['facts'] == dataset.facts()
+
+
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(0, 20))
+@settings(max_examples=300, deadline=None)
+def test_all_ranks_have_as_many_batches(total, batch, ranks, workers, start):
+    start = min(start, total)
+    had = [[span for worker in range(workers) for span in Share(total, batch, start, ranks, rank, workers, worker).batches()] for rank in range(ranks)]
+    assert {len(each) for each in had} == {len(Share(total, batch, start, ranks))}
+    given_out = sorted(span for each in had for span in each)
+    assert [begin for begin, _ in given_out] == [start, *(end for _, end in given_out)][:len(given_out)]
+    left = total - max([start, *(end for _, end in given_out)])
+    assert left < ranks and (left == 0 or batch == 1 or total - start < ranks)
+
+
+def test_single_examples_over_ranks(directories):
+    whole = keys(StreamingMixedShardDataset(directories, **QUOTED))
+    ranks = [StreamingMixedShardDataset(directories, pool_size=700, random_seed=5, rank=rank, world_size=3) for rank in range(3)]
+    parts = [[keys([{name: value[None] for name, value in example.items()}]) for example in dataset] for dataset in ranks]
+    assert {len(part) for part in parts} == {len(ranks[0])} == {4019 // 3}
+    assert np.array_equal(np.concatenate([row for group in zip(*parts) for row in group]), whole[:4019 // 3 * 3])
+    stream = ranks[0].raw_batches()
+    for expected in (3, 6, 9):
+        next(stream)
+        assert ranks[0].position == expected
+
+
+def test_seeds_choose_other_parts_of_the_shards(directories):
+    few = [keys(StreamingMixedShardDataset(directories, pool_size=200, random_seed=seed, max_examples_unaugmented=300).raw_batches()) for seed in range(3)]
+    assert all(len(np.intersect1d(few[0], other)) < 250 for other in few[1:])
+
+
+def test_many_small_shards(tmp_path):
+    write_directory(tmp_path/'many', 0, [5] * 800)
+    dataset = StreamingMixedShardDataset([tmp_path/'many'], pool_size=100, batch_size=50, random_seed=0)
+    begin = time.process_time()
+    assert np.array_equal(np.sort(keys(dataset.raw_batches())), everything([tmp_path/'many']))
+    assert time.process_time() - begin < 20
+    assert dataset.stats()['pool_bytes'] >= 16 * 4000, 'the plan of what is left over counts'
+
+
+def test_a_stock_loader_does_not_pretend_to_know_the_position(directories):
+    dataset = StreamingMixedShardDataset(directories, **QUOTED)
+    assert len(list(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1))) == len(dataset)
+    with pytest.raises(UsageError, match='make_loader'): dataset.state_dict()
+
+
+def test_an_epoch_that_weights_shorten_is_told_of(directories):
+    with pytest.warns(UserWarning, match='of 4,019 records: it ends when those of .*c are used up'): StreamingMixedShardDataset(directories, random_seed=0, weights='shards')
+    sources = find_shards(directories)
+    with pytest.raises(UsageError, match='weights='): StreamingMixedShardDataset(sources, random_seed=0, weights='shards')
+
+
+def test_sequential_keeps_to_its_memory(tmp_path):
+    write_directory(tmp_path/'large', 0, [3_000_000])
+    dataset = StreamingMixedShardDataset([tmp_path/'large'], batch_size=1000, random_seed=0, order='sequential', pool_size=2_000_000)
+    before = peak_rss_bytes()
+    next(dataset.raw_batches())
+    assert peak_rss_bytes() - before < 2_000_000 * 8 + 60e6

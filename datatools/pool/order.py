@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['largest_remainder', 'next_directories', 'permuted', 'make_deck', 'dealt', 'EpochPlan', 'Share']
 
-# %% ../../nbs/pool/34_order.ipynb #72a1b33a
+# %% ../../nbs/pool/34_order.ipynb #40351d51
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numba import njit
@@ -60,6 +61,13 @@ def _counts_at(bounds, step, directories):
         counts[i] = had
     return counts
 
+# %% ../../nbs/pool/34_order.ipynb #03584b43
+@lru_cache(4)  # the same in every epoch
+def _counts_of_rounds(rows, rounds):
+    "(rounds + 1, directories) int64: `_counts_at` the bounds of all rounds, for `rows` of each directory"
+    length = sum(rows)
+    return _counts_at(np.arange(rounds + 1) * length // rounds, length / np.maximum(np.array(rows), 1e-300), len(rows))
+
 # %% ../../nbs/pool/34_order.ipynb #fd7b67a2
 @njit(cache=True, nogil=True, inline='always')
 def _hashed(x, key):
@@ -87,13 +95,13 @@ def permuted(begin, size, keys, out):
         first += np.uint64(1)
         if first == low: first, second = none, second + np.uint64(1)
 
-# %% ../../nbs/pool/34_order.ipynb #5d234aec
+# %% ../../nbs/pool/34_order.ipynb #81169465
 def make_deck(
     rounds:int,             # R
     rng:np.random.Generator,
 ) -> np.ndarray:            # (cards, R) uint16 or uint32; cards is a power of two, every line a permutation
     "Random permutations of the numbers of the rounds"
-    cards = 1 << min(12, max(6, ((1 << 18) // rounds).bit_length() - 1))
+    cards = 1 << min(12, max(4, ((1 << 18) // rounds).bit_length() - 1))
     return rng.permuted(np.tile(np.arange(rounds, dtype=np.uint16 if rounds <= 1 << 16 else np.uint32), (cards, 1)), axis=1)
 
 
@@ -102,7 +110,7 @@ def dealt(stretch, key, deck, number):
     "Which row of a stretch, 0 … R - 1, round `number` takes; `key` uint64 belongs to the shard"
     return deck[_hashed(np.uint64(stretch), key) & np.uint64(len(deck) - 1), number]
 
-# %% ../../nbs/pool/34_order.ipynb #34b89c20
+# %% ../../nbs/pool/34_order.ipynb #ccaa28fa
 class EpochPlan:
     "How many rows of which directory and shard each round of an epoch has"
     def __init__(self,
@@ -122,12 +130,12 @@ class EpochPlan:
         self.rounds = max(1, -(-self.length // pool_size))
         self.bounds = np.arange(self.rounds + 1) * self.length // self.rounds  # first row of every round
         self.step = self.length / np.maximum(self.from_directory, 1e-300)
-        self.counts = _counts_at(self.bounds, self.step, self.directories)  # (rounds + 1, directories)
+        self.counts = _counts_of_rounds(tuple(self.from_directory.tolist()), self.rounds)  # (rounds + 1, directories)
         self._divide_shards()
 
     def rng(self, *path): return rng_for(self.seed, 'pool', self.epoch, *path)
 
-# %% ../../nbs/pool/34_order.ipynb #8cf995dd
+# %% ../../nbs/pool/34_order.ipynb #63e1f8b4
 def _rows_by_directory(have, weights, examples):
     "How many rows of every directory an epoch has"
     if weights is None: weights = have
@@ -141,35 +149,58 @@ def _rows_by_directory(have, weights, examples):
 
 @patch
 def _divide_shards(self:EpochPlan):
-    "Whole stretches and what is left over of every shard"
-    rows, chosen = self.shard_rows, np.zeros_like(self.shard_rows)
-    have = np.bincount(self.directory, rows, self.directories).astype(np.int64)[self.directory]
-    for d in range(self.directories):
-        mine = self.directory == d
-        exact = self.from_directory[d] * (np.cumsum(rows[mine]) / max(1, rows[mine].sum()))
-        steps = np.floor(exact + (self.rng('part', d).random() if self.from_directory[d] < rows[mine].sum() else 0) + 1e-6)
-        chosen[mine] = np.diff(steps, prepend=0)
-    self.used = chosen                                                                # rows of every shard in this epoch
-    self.first = np.where(chosen < rows, self.epoch * self.from_directory[self.directory] * rows // np.maximum(have, 1) % np.maximum(rows, 1), 0)  # where they begin; after the end comes the beginning
-    self.stretches = chosen // self.rounds
+    "Whole stretches of every shard, and how many rows of each directory are left over"
+    rows, mine_of = self.shard_rows, [np.flatnonzero(self.directory == d) for d in range(self.directories)]
+    self.used = np.concatenate([self._rows_used(d, rows[mine]) for d, mine in enumerate(mine_of)])  # rows of every shard in this epoch
+    self.first = self._first_rows(mine_of)
+    self.stretches = self.used // self.rounds
+    for mine in mine_of:
+        largest = mine[np.argmax(self.stretches[mine])]
+        if self.stretches[largest] < 3: self.stretches[mine] = 0
+        else: self.stretches[largest] -= 3
+    self.rest_rows = int((self.used - self.stretches * self.rounds).sum())
     self.deck = make_deck(self.rounds, self.rng('deck'))
     self.deal_keys = self.rng('deal').integers(2**63, size=len(rows)).astype(np.uint64)
-    self.rest = [self._rest_of(d) for d in range(self.directories)]
+
+@patch
+def _rows_used(self:EpochPlan, d, rows):
+    "How many rows of each shard of a directory; where it is a part, it is decided anew in every epoch how its share is rounded"
+    wanted, have = self.from_directory[d], int(rows.sum())
+    exact = wanted * (np.cumsum(rows) / max(1, have))
+    return np.diff(np.floor(exact + (self.rng('part', d).random() if wanted < have else 0) + 1e-6), prepend=0).astype(np.int64)
+
+@patch
+def _first_rows(self:EpochPlan, mine_of):
+    "Where the part of each shard begins: somewhere, and in every epoch where the last one ended; after the end comes the beginning"
+    rows, first = self.shard_rows, np.zeros_like(self.shard_rows)
+    for d, mine in enumerate(mine_of):
+        if self.from_directory[d] == rows[mine].sum(): continue
+        begin = (rng_for(self.seed, 'pool', 'part', d).random(len(mine)) * rows[mine]).astype(np.int64)
+        first[mine] = (begin + self.epoch * self.from_directory[d] * rows[mine] // rows[mine].sum()) % np.maximum(rows[mine], 1)
+    return first
+
+# %% ../../nbs/pool/34_order.ipynb #311f6245
+@patch(as_prop=True)
+def nbytes(self:EpochPlan) -> int:
+    "Memory of the plan: what is left over takes 8 bytes a row, twice while it is sorted out"
+    return 16 * self.rest_rows + self.deck.nbytes + self.counts.nbytes + 40 * len(self.shard_rows)
 
 @patch
 def _rest_of(self:EpochPlan, d):
-    "(n, 2) int64: shard and row of what is left over in a directory, in random order"
-    mine = np.flatnonzero(self.directory == d)
-    largest = mine[np.argmax(self.stretches[mine])]
-    if self.stretches[largest] < 3: self.stretches[mine] = 0
-    else: self.stretches[largest] -= 3
-    rest = [np.stack([np.full(used - begin, shard), np.arange(begin, used)], 1)
-            for shard, used, begin in zip(mine, self.used[mine], self.stretches[mine] * self.rounds)]
-    rest = self.rng('rest', d).permutation(np.concatenate(rest))
-    rest[:, 1] = (rest[:, 1] + self.first[rest[:, 0]]) % np.maximum(self.shard_rows[rest[:, 0]], 1)
-    return rest
+    "(n,) int64: shard << 40 | row of what is left over in a directory, in random order; made when it is needed"
+    if not hasattr(self, '_rests'): self._rests = {}
+    if d not in self._rests:
+        mine = np.flatnonzero((self.directory == d) & (self.used > 0))
+        begins, counts = self.stretches[mine] * self.rounds, self.used[mine] - self.stretches[mine] * self.rounds
+        places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        places += np.repeat(begins + self.first[mine], counts)
+        places %= np.repeat(self.shard_rows[mine], counts)
+        places |= np.repeat(mine << 40, counts)
+        self.rng('rest', d).shuffle(places)
+        self._rests[d] = places
+    return self._rests[d]
 
-# %% ../../nbs/pool/34_order.ipynb #c2d4f821
+# %% ../../nbs/pool/34_order.ipynb #d5c7627b
 @patch
 def rest_of_round(self:EpochPlan,
     number:int,     # of the round
@@ -179,8 +210,8 @@ def rest_of_round(self:EpochPlan,
     mine = self.directory == directory
     shorts = np.diff(self.counts[:number + 2, directory]) - self.stretches[mine].sum()
     if (shorts < 0).any(): raise DatatoolsError(f'The plan of epoch {self.epoch} does not come out even in directory {directory}. Please report this.')
-    rest = self.rest[directory][shorts[:number].sum():shorts.sum()]
-    return rest[np.lexsort((rest[:, 1], rest[:, 0]))]
+    rest = np.sort(self._rest_of(directory)[shorts[:number].sum():shorts.sum()])
+    return np.stack([rest >> 40, rest & (1 << 40) - 1], 1)
 
 @patch
 def round_of(self:EpochPlan,
@@ -203,7 +234,7 @@ def rows_of_round(self:EpochPlan,
         found.append(self.rest_of_round(number, d))
     return np.concatenate(found)
 
-# %% ../../nbs/pool/34_order.ipynb #94471e94
+# %% ../../nbs/pool/34_order.ipynb #b0e692ed
 @dataclass(frozen=True)
 class Share:
     "The part of a stream that one process has"
@@ -222,7 +253,7 @@ class Share:
     def groups(self):
         "Batches that every rank has, without the last ones, which may have another size"
         groups, rest = divmod(max(0, self.total - self.start), self.width)
-        return groups - (0 < rest < self.ranks and groups > 0)
+        return groups - (0 < rest < self.ranks and groups > 0 and self.batch > 1)
 
     @property
     def is_everything(self): return self.ranks == self.workers == 1
@@ -231,6 +262,7 @@ class Share:
         "Begin and end of the last batch of this rank"
         begin = self.start + self.groups * self.width
         rest = max(0, self.total - begin)
+        if rest < self.ranks: return begin, begin
         return begin + rest * self.rank // self.ranks, begin + rest * (self.rank + 1) // self.ranks
 
     def batches(self):
