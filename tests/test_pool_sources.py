@@ -160,11 +160,14 @@ def test_ranges_come_before_the_split(tmp_path):
 
 
 def test_nothing_to_divide(tmp_path):
-    with pytest.raises(UsageError, match='smaller rows_per_shard'): discover_and_split_multiple_data([make(tmp_path/'one', [5])])
+    with pytest.raises(UsageError, match='a single shard cannot be divided .*/one.: make smaller ones, with rows_per_shard'): discover_and_split_multiple_data([make(tmp_path/'one', [5])])
     tied = make(tmp_path/'tied', None, games=[[1, 2], [2, 3], [3, 4]])
-    with pytest.raises(UsageError, match='all 3 shards are connected.*group_by_game=True'): discover_and_split_multiple_data([tied])
+    with pytest.raises(UsageError, match='all shards are connected.*/tied.*group_by_game=True'): discover_and_split_multiple_data([tied])
     single = make(tmp_path/'single', [2], first_game=100, number=7)
-    with pytest.raises(UsageError, match='every directory'): discover_and_split_multiple_data([tied, single])
+    with pytest.raises(UsageError, match=r'a single shard cannot be divided \(\S*/single\).* And all shards are connected .* \(\S*/tied\)'): discover_and_split_multiple_data([tied, single])
+    singles = [make(tmp_path/f'single{n}', [2], first_game=200 + 9*n, number=8 + n) for n in range(5)]
+    with pytest.raises(UsageError, match='a single shard cannot be divided .*single2 and 2 more') as error: discover_and_split_multiple_data(singles)
+    assert 'connected' not in str(error.value)
     for value in (0, 1, -1, 1.5, '0.2', None, float('nan')):
         with pytest.raises(UsageError, match='validation_fraction'): discover_and_split_multiple_data([tied], validation_fraction=value)
 
@@ -184,6 +187,9 @@ def test_overlap_of_two_lists(tmp_path):
     check_separate(find_shards([a]), find_shards([b], ['0-0']))
     with pytest.raises(UsageError, match='overlap: 1 games? .*a/shard_0001.records and .*b/shard_0001.records'): check_separate(find_shards([a]), find_shards([b]))
     with pytest.raises(UsageError, match='is the same file'): check_separate(find_shards([a]), find_shards([a], ['1-1']))
+    for games in ([None, None], [[1], [2]]):  # copies, with and without games
+        one, copy = (make(tmp_path/f'{name}{games[0]}', None, games=games, number=5) for name in ('one', 'copy'))
+        with pytest.raises(UsageError, match='overlap: .*copy.*/shard_0001.records is a copy of .*one.*/shard_0001.records'): check_separate(find_shards([one]), find_shards([copy], ['1-1']))
     plain = make(tmp_path/'plain', None, games=[None, None])
     check_separate(find_shards([plain], ['0-0']), find_shards([plain], ['1-1']))
 

@@ -213,12 +213,12 @@ def _shard_tasks(output, sources, codec, games_per_shard, seed):
             key = f'{source.name}/shard_{shard:04d}.records'
             yield key, (str(output/key), facts, asdict(source), number, first, min(first + games_per_shard, source.games), seed)
 
-# %% ../../nbs/pool/31_play.ipynb #5bd293cd
+# %% ../../nbs/pool/31_play.ipynb #3925ec5e
 def make_shards(
     output,                        # directory for the directories
     sources = SOURCES,             # `GameSource`s
     codec: HexCodec = HexCodec(),  # board size and form of the records
-    games_per_shard: int = 500,    # games, not records
+    games_per_shard: int = None,   # games, not records; None for 500, or fewer where that would not make ten shards
     seed: int = 0,                 # decides everything
     workers: int = 1,              # processes; 0 for this one
     show_progress = None,          # a bar; None for one if the error stream is a terminal
@@ -226,7 +226,10 @@ def make_shards(
     "Directories of self-played games; stopped at any time it resumes, with any number of workers it gives the same bytes"
     output, names = Path(output), [source.name for source in sources]
     if not 0 < len({*names}) == len(names) <= 256: raise bad_value('sources', names, 'one to 256 sources with different names')
-    if games_per_shard < 1: raise bad_value('games_per_shard', games_per_shard, 'a positive integer')
+    for source in sources:
+        if type(source.games) is not int or source.games < 1: raise bad_value('games', source.games, 'a positive integer')
+    if games_per_shard is None: games_per_shard = min(500, -(-min(source.games for source in sources) // 10))  # what is to be divided needs several
+    if type(games_per_shard) is not int or games_per_shard < 1: raise bad_value('games_per_shard', games_per_shard, 'a positive integer')
     for name in names: (output/name).mkdir(parents=True, exist_ok=True)
     config = dict(sources=[asdict(source) for source in sources], codec=codec.facts(), games_per_shard=games_per_shard, seed=seed)
     tasks = [*_shard_tasks(output, sources, codec, games_per_shard, seed)]

@@ -198,7 +198,7 @@ class Split:
         cells = [''.join(f'<td>{html.escape(str(cell))}</td>' for cell in row) for row in (head, *body)]
         return '<table>' + ''.join(f'<tr>{row}</tr>' for row in cells) + '</table>'
 
-# %% ../../nbs/pool/33_sources.ipynb #f8272b4f
+# %% ../../nbs/pool/33_sources.ipynb #c18c5745
 def _checked_fraction(value):
     if not (isinstance(value, numbers.Real) and 0 < value < 1): raise bad_value('validation_fraction', value, 'a number between 0 and 1, both excluded')
     return float(value)
@@ -220,22 +220,23 @@ def discover_and_split_multiple_data(
     rows = np.zeros((groups.max() + 1, len(sources)), np.int64)
     np.add.at(rows, (groups, home), [shard.rows for shard in shards])
     aside = choose_groups(rows, fraction, rng_for(seed, 'split'))[groups]
-    if not aside.any(): raise _cannot_split(shards, groups)
+    if not aside.any(): raise _cannot_split(sources)
     sides = [[replace(source, shards=tuple(shard for shard, a, h in zip(shards, aside, home) if h == number and a == side))
               for number, source in enumerate(sources)] for side in (False, True)]
     return Split(*(source_weights(side, weights) for side in sides))
 
 
-def _cannot_split(shards, groups):
+def _cannot_split(sources):
     "Why nothing can be put aside, and what to do"
-    if len(shards) == 1: return bad_value('data_dirs', str(shards[0].path), 'directories with two shards or more',
-                                          'A single shard cannot be divided: make the directory again with a smaller rows_per_shard.')
-    if len({*groups.tolist()}) == 1: why = f'all {len(shards)} shards are connected by games that lie in several of them'
-    else: why = 'every directory is connected by games that lie in several of its shards'
-    return UsageError(f'Nothing can be put aside for validation: {why}. Make the directory again with each game in one shard '
-                      '(`convert` with group_by_game=True), or give training and validation separate directories.')
+    def named(found): return ', '.join(str(source.directory.path) for source in found[:3]) + (f' and {len(found) - 3} more' if len(found) > 3 else '')
+    single, tied = [source for source in sources if len(source.shards) == 1], [source for source in sources if len(source.shards) > 1]
+    why = []
+    if single: why.append(f'a single shard cannot be divided ({named(single)}): make smaller ones, with rows_per_shard or games_per_shard.')
+    if tied: why.append(f'all shards are connected by games that lie in several of them ({named(tied)}): '
+                        'make the directory again with each game in one shard (`convert` with group_by_game=True).')
+    return UsageError(f'Nothing can be put aside for validation: {" And ".join(why)} Or give training and validation separate directories.')
 
-# %% ../../nbs/pool/33_sources.ipynb #c41d37b0
+# %% ../../nbs/pool/33_sources.ipynb #d3181cfe
 def _games_of(sources):
     "Sorted games of all shards, and for each the number of the shard where it was found; and the shards"
     shards = [shard for source in sources for shard in source.shards if shard.game_count is not None]
@@ -250,11 +251,13 @@ def check_separate(
     train,        # list of `Source`
     validation,   # list of `Source`
 ) -> None:
-    "Raise if a file or a game is on both sides"
+    "Raise if a file, a copy of it, or a game is on both sides"
     remedy = 'Let discover_and_split_multiple_data divide the directories, or leave one of the two out.'
     files = {_identity(shard): shard.path for source in train for shard in source.shards}
+    copies = {shard.checksum: shard.path for source in train for shard in source.shards if shard.rows}
     for shard in (shard for source in validation for shard in source.shards):
         if _identity(shard) in files: raise UsageError(f'Training and validation overlap: {shard.path} is the same file as {files[_identity(shard)]}. {remedy}')
+        if shard.checksum in copies: raise UsageError(f'Training and validation overlap: {shard.path} is a copy of {copies[shard.checksum]}. {remedy}')
     (games, owners, shards), (others, other_owners, other_shards) = _games_of(train), _games_of(validation)
     common, places, other_places = np.intersect1d(games, others, assume_unique=True, return_indices=True)
     if len(common):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VALIDATION_POOL', 'FORMAT', 'VERSION', 'TrainingSettings', 'learning_rate_at', 'create_datasets', 'evaluate',
-           'Trainer', 'DivergedError', 'score', 'TrainingResult', 'train']
+           'checked_device', 'Trainer', 'DivergedError', 'score', 'TrainingResult', 'train']
 
 # %% ../../nbs/pool/37_training.ipynb #135f9399
 import html
@@ -129,7 +129,16 @@ def _moved(batch, device):
     "The tensors of a batch that training needs, where they are needed"
     return {name: batch[name].to(device, non_blocking=True) for name in ('board', 'policy', 'value')}
 
-# %% ../../nbs/pool/37_training.ipynb #11cd1ee9
+# %% ../../nbs/pool/37_training.ipynb #85440c0a
+def checked_device(
+    device,           # 'cpu', 'cuda', 'cuda:1', …, or a `torch.device`
+) -> torch.device:
+    "The device, if this machine has it"
+    there = ['cpu', *(['cuda'] if torch.cuda.is_available() else []), *(f'cuda:{number}' for number in range(torch.cuda.device_count()))]
+    if str(device) not in there: raise bad_value('device', str(device), there, 'Those are what torch finds on this machine.')
+    return torch.device(device)
+
+# %% ../../nbs/pool/37_training.ipynb #e1d3ed69
 class Trainer:
     "The state of a training, and what moves it on"
     def __init__(self,
@@ -140,7 +149,7 @@ class Trainer:
         directory = None,                     # where checkpoints and history are kept, None for nowhere
         device = 'cpu',                       # where to compute, as 'cuda'
     ):
-        self.settings, self.device = settings or TrainingSettings(), torch.device(device)
+        self.settings, self.device = settings or TrainingSettings(), checked_device(device)
         self.model, self.train_dataset, self.validation_dataset = model.to(self.device), train_dataset, validation_dataset
         self.directory = None if directory is None else Path(directory)
         self.steps_per_epoch = len(train_dataset)
@@ -387,7 +396,7 @@ class TrainingResult:
         if self.directory is None: raise bad_value('directory', None, 'given', 'Train with directory=… to keep the best network.')
         return load_network(self.directory/'best.pt')
 
-# %% ../../nbs/pool/37_training.ipynb #38512938
+# %% ../../nbs/pool/37_training.ipynb #55c9d28f
 def train(
     model: nn.Module,                   # is trained in place
     train_dataset,                      # yields batches, as `create_datasets` makes it
@@ -400,6 +409,7 @@ def train(
     show: bool = True,                  # a progress bar
 ) -> TrainingResult:
     "Train a network, with checkpoints; resumed at any step, the result is the same bit for bit"
+    checked_device(device)
     with ExitStack() as stack:
         if directory is not None:
             Path(directory).mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ __all__ = ['TUNABLE', 'DEFAULT_SPACE', 'STUDY', 'FORMAT', 'VERSION', 'SAMPLERS',
            'grid_points', 'Sweep', 'TrialPlan', 'TuningResult', 'open_study', 'run_hyperparameter_tuning',
            'run_hyperparameter_tuning_current_data']
 
-# %% ../../nbs/pool/38_tuning.ipynb #c7a7c051
+# %% ../../nbs/pool/38_tuning.ipynb #94d32ca0
 import html
 import itertools
 import math
@@ -22,7 +22,7 @@ from fastcore.basics import patch
 
 from ..core import FormatError, LockedError, Manifest, MismatchError, bad_value, file_lock, seed_for
 from .network import load_network, make_network
-from .training import DivergedError, TrainingSettings, create_datasets, score, train
+from .training import DivergedError, TrainingSettings, checked_device, create_datasets, score, train
 
 # %% ../../nbs/pool/38_tuning.ipynb #601992a3
 TUNABLE = ('network', 'batch_size', 'learning_rate', 'weight_decay', 'value_weight', 'gradient_clip', 'warmup_steps', 'schedule')
@@ -318,7 +318,7 @@ def _check_search(space, sampler, pruner, trials, settings):
     if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1: raise bad_value('trials', trials, 'a positive integer')
     return trials
 
-# %% ../../nbs/pool/38_tuning.ipynb #904b353c
+# %% ../../nbs/pool/38_tuning.ipynb #433d6294
 def run_hyperparameter_tuning(
     make_datasets,                      # hyperparameters -> training dataset, validation dataset; called for each trial
     results_dir,                        # directory of the study, joined if it is there
@@ -339,6 +339,7 @@ def run_hyperparameter_tuning(
     "Search for hyperparameters; called again, or by several processes at once, it works on the same study"
     settings, space, directory = settings or TrainingSettings(), DEFAULT_SPACE if space is None else space, Path(results_dir)
     trials, ends = _check_search(space, sampler, pruner, trials, settings), math.inf if timeout is None else time.monotonic() + timeout
+    checked_device(device)
     for point in experiments:
         if set(point) != set(space): raise bad_value('experiments', point, f'a dict of {", ".join(space)}')
     _claim(directory, dict(space=space, sampler=sampler, pruner=pruner, settings=asdict(settings), network=network, board_size=board_size,
