@@ -253,6 +253,7 @@ def test_soft_policies_only_on_request(tmp_path, examples):
     sharp = write(tmp_path/'b.pkl.gz', examples)
     convert(sharp, tmp_path/'sharp', workers=0)
     with pytest.raises(MismatchError, match='soft_policy'): convert(sharp, tmp_path/'sharp', soft_policy=True)
+    with pytest.raises(MismatchError, match='board_size is 7'): convert(sharp, tmp_path/'sharp', board_size=7)
     made = convert(path, tmp_path/'soft', workers=0, soft_policy=True)
     assert np.allclose(made.codec.decode(made.shards[0].records())['policy'].numpy(), spread, atol=1e-3)
 

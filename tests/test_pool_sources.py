@@ -45,7 +45,7 @@ def test_which_shards_a_range_means(tmp_path):
     path = make(tmp_path/'a', [1] * 12)
     chosen, = find_shards([path], ['9-10'])
     assert [shard.path.name for shard in chosen.shards] == ['shard_0009.records', 'shard_0010.records']
-    with pytest.raises(UsageError, match=f'shard_ranges of {path}'): find_shards([path], ['9-12'])
+    with pytest.raises(UsageError, match=f'^shard_ranges=.* This is for {path}'): find_shards([path], ['9-12'])
 
 
 def test_what_is_no_directory_of_shards(tmp_path):
@@ -81,9 +81,15 @@ def test_one_file_by_two_ways(tmp_path):
     with pytest.raises(UsageError, match='are the same file'): find_shards([path, hard], ['0-1', '1-1'])
 
 
-@pytest.mark.parametrize('weights', [[0, 1], [-1, 1], [float('nan'), 1], [float('inf'), 1], ['a', 1], [True, 1], [1], [1, 1, 1], 'games', []])
+@pytest.mark.parametrize('weights', [None, 3, [0, 1], [-1, 1], [float('nan'), 1], [float('inf'), 1], ['a', 1], [True, 1], [1], [1, 1, 1], 'games', []])
 def test_weights_that_are_refused(tmp_path, weights):
     with pytest.raises(UsageError, match='weights'): find_shards([make(tmp_path/'a', [2]), make(tmp_path/'b', [2])], weights=weights)
+
+
+def test_other_things_than_directories(tmp_path):
+    sources = find_shards([make(tmp_path/'a', [2])])
+    for other in (sources[0], 3, None):
+        with pytest.raises(UsageError, match='data_dirs=.* must be paths'): find_shards([tmp_path/'a', other])
 
 
 def test_weights(tmp_path):

@@ -43,6 +43,12 @@ def one_thread():
 def datasets(): return MadeUpPositions(), MadeUpPositions(batches=3, seed=1)
 
 
+@pytest.mark.parametrize('device', ['foo', 'cuda:99', '', None, 3])
+def test_a_device_that_is_not_there_leaves_nothing_behind(tmp_path, device):
+    with pytest.raises(UsageError, match='^device='): train(make_network('16x2', 4), *datasets(), SETTINGS, tmp_path/'out', device=device)
+    assert not (tmp_path/'out').exists()
+
+
 def same(a, b): return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
@@ -227,6 +233,7 @@ def test_create_datasets(shards, tmp_path):
     assert [source.rows for source in learn.sources] == [1000, 600]
     halves, _ = create_datasets(shards, batch_size=64, random_seed=4, weights=[1, 1])
     assert halves.weights == [.5, .5]
+    with pytest.raises(UsageError, match='weights'): create_datasets(shards, weights='nonsense')
     apart, other = create_datasets(shards[:1], validation_dirs=shards[1:], validation_shard_ranges=['0-1'], batch_size=64)
     assert apart.plan.length == 1200 and other.plan.length == 400
     with pytest.raises(UsageError, match='overlap'): create_datasets(shards, validation_dirs=shards[1:])

@@ -10,7 +10,7 @@ __all__ = ['READ_BYTES', 'LINE', 'TWO_LINES', 'UNKNOWN', 'SIZES', 'PREFIX_BYTES'
            'read_block', 'winner', 'check_boards', 'check_policies', 'convert_file', 'find_legacy_files', 'game_order',
            'convert']
 
-# %% ../../nbs/pool/32_legacy.ipynb #2c75f507
+# %% ../../nbs/pool/32_legacy.ipynb #966ac263
 import gzip
 import io
 import os
@@ -26,7 +26,8 @@ import numpy as np
 from numba import njit
 
 from ..arrays import ArrayFile
-from ..core import FormatError, Manifest, UsageError, bad_value, check_same_config, config_hash, hash_file, human_bytes, read_json, seed_for, write_json
+from ..core import (FormatError, Manifest, MismatchError, UsageError, bad_value, check_same_config, config_hash, hash_file, human_bytes, read_json,
+                            seed_for, write_json)
 from ..jobs import Task, run_tasks
 from .hex import HexCodec, check_board_size, winner_of
 from .shards import KIND, SUFFIX, ShardDirectory, ShardWriter, shard_files, write_shard
@@ -566,15 +567,19 @@ def _assemble(joined, output, codec, rows_per_shard, group_by_game, source):
     with ShardWriter(output, codec, rows_per_shard, source) as writer:
         for records, game in joined.blocks(order, codec): writer.append(records, game)
 
-# %% ../../nbs/pool/32_legacy.ipynb #b015d3e9
-def _finished(output, wanted):
+# %% ../../nbs/pool/32_legacy.ipynb #92f9411b
+def _finished(output, wanted, board_size):
     "The directory if it is there and was made of these files with these options, None if there is none"
     if not (output/Manifest.name).exists(): return None
     record = read_json(output/RECORD)
     asked = {key: record.get(key) if key != 'files' else [[file['name'], file['bytes']] for file in record['files']] for key in wanted}
     check_same_config(output, asked, wanted)
+    made = ShardDirectory.open(output)
+    if board_size not in (None, made.codec.board_size):
+        raise MismatchError(f'{output} was converted with boards of {made.codec.board_size} × {made.codec.board_size} cells, '
+                            f'and board_size is {board_size}. Choose another directory.')
     shutil.rmtree(output/WORK, ignore_errors=True)  # of a process that was killed at the very end
-    return ShardDirectory.open(output)
+    return made
 
 
 def _check_output(output, resume):
@@ -585,7 +590,7 @@ def _check_output(output, resume):
     if output.exists() and shard_files(output) and not (output/RECORD).exists():
         raise bad_value('output', str(output), 'a new directory', f'It holds shards that were not converted: there is no {RECORD}.')
 
-# %% ../../nbs/pool/32_legacy.ipynb #5413daa4
+# %% ../../nbs/pool/32_legacy.ipynb #992aa635
 def convert(
     inputs,                         # a path or a list of paths: legacy files, or directories of them
     output,                         # directory of shards to make
@@ -607,7 +612,7 @@ def convert(
     sizes = [[file.name, file.stat().st_size] for file in files]
     wanted = dict(options, group_by_game=bool(group_by_game), rows_per_shard=rows_per_shard, files=sizes)
     _check_output(output, resume)
-    if done := _finished(output, wanted): return done
+    if done := _finished(output, wanted, board_size): return done
     (output/WORK).mkdir(parents=True, exist_ok=True)
     parts, facts = _make_parts(files, output, options, limit_bytes, workers, show)
     _agree(files, facts, board_size)

@@ -19,24 +19,26 @@ import numpy as np
 from ..core import MismatchError, UsageError, bad_value, rng_for
 from .shards import Shard, ShardDirectory
 
-# %% ../../nbs/pool/33_sources.ipynb #c39cd045
+# %% ../../nbs/pool/33_sources.ipynb #fe9d977e
 def parse_range(
     text:str,              # 'all', 'none' or 'a-b', both included, counted from 0
     count:int,             # shards that there are
     name='shard_ranges',   # what messages call the range
+    of='',                 # the directory, for messages
 ) -> range:                # positions in the sorted list
     "The shards that a range chooses"
     if text == 'all': return range(count)
     if text == 'none': return range(0)
     allowed = "'all', 'none' or 'a-b' with a ≤ b, both included and counted from 0"
+    where = f' This is for {of}.' if of else ''
     found = re.fullmatch(r'([0-9]{1,9})-([0-9]{1,9})', text) if isinstance(text, str) else None
-    if not found: raise bad_value(name, text, allowed, "A single shard is 'a-a'.")
+    if not found: raise bad_value(name, text, allowed, "A single shard is 'a-a'." + where)
     first, last = map(int, found.groups())
-    if first > last: raise bad_value(name, text, allowed, f"Turn it round: '{last}-{first}'.")
-    if last >= count: raise bad_value(name, text, f'within the {count} shards that are there', f"'0-{count - 1}' chooses all of them.")
+    if first > last: raise bad_value(name, text, allowed, f"Turn it round: '{last}-{first}'." + where)
+    if last >= count: raise bad_value(name, text, f'within the {count} shards that are there', f"'0-{count - 1}' chooses all of them." + where)
     return range(first, last + 1)
 
-# %% ../../nbs/pool/33_sources.ipynb #7ce386d2
+# %% ../../nbs/pool/33_sources.ipynb #8f026ce1
 @dataclass(frozen=True)
 class Source:
     "The shards of one directory that take part"
@@ -45,7 +47,9 @@ class Source:
     weight: float              # share of the stream, 0 … 1; all sources together have 1
 
     @property
-    def rows(self) -> int: return sum(shard.rows for shard in self.shards)
+    def rows(self) -> int:
+        "Number of records that take part"
+        return sum(shard.rows for shard in self.shards)
 
     def __repr__(self): return f'Source({self.directory.path.name!r}, {self.rows:,} records in {len(self.shards)} shards, weight {self.weight:.4g})'
 
@@ -59,7 +63,8 @@ def source_weights(
         if weights not in ('rows', 'shards'): raise bad_value('weights', weights, ['rows', 'shards'])
         values = [source.rows if weights == 'rows' else len(source.shards) for source in sources]
     else:
-        values = [*weights]
+        values = [*weights] if np.iterable(weights) else []
+        if not values: raise bad_value('weights', weights, "'rows', 'shards', or a list of positive numbers")
         if len(values) != len(sources): raise bad_value('weights', values, f'a list of {len(sources)} numbers, one for each directory')
         sound = all(isinstance(w, numbers.Real) and not isinstance(w, bool) and math.isfinite(w) and w > 0 for w in values)
         if not sound: raise bad_value('weights', values, 'positive numbers', "A directory that is not to take part has shard_ranges 'none'.")
@@ -68,7 +73,7 @@ def source_weights(
     if not total: raise bad_value('weights', weights, 'such that something is left', 'No directory has records that take part.')
     return [replace(source, weight=value / total) for source, value in zip(sources, values)]
 
-# %% ../../nbs/pool/33_sources.ipynb #f8918d92
+# %% ../../nbs/pool/33_sources.ipynb #53eeffcd
 def _identity(shard):
     "What is the same for all names of one file"
     status = os.stat(shard.path)
@@ -103,8 +108,9 @@ def find_shards(
     if len(ranges) != len(data_dirs): raise bad_value('shard_ranges', ranges, f'a list of {len(data_dirs)} ranges, one for each directory')
     sources = []
     for path, text in zip(data_dirs, ranges):
+        if not isinstance(path, (str, os.PathLike, ShardDirectory)): raise bad_value('data_dirs', path, 'paths, or ShardDirectory objects, throughout')
         directory = path if isinstance(path, ShardDirectory) else ShardDirectory.open(path)
-        chosen = parse_range(text, len(directory.shards), f'shard_ranges of {directory.path}')
+        chosen = parse_range(text, len(directory.shards), of=str(directory.path))
         sources.append(Source(directory, tuple(directory.shards[place] for place in chosen), 0.))
         _check_same_records(sources)
     _refuse_twice(sources)
@@ -173,7 +179,7 @@ def _keeps_training(total, left, going):
     "Is something of every directory that takes part left for training if these rows go, too?"
     return bool(((left - going > 0) | (total == 0)).all())
 
-# %% ../../nbs/pool/33_sources.ipynb #69b4ccb7
+# %% ../../nbs/pool/33_sources.ipynb #191318f0
 @dataclass(frozen=True)
 class Split:
     "Sources for training and for validation, without a common shard or game"
@@ -181,7 +187,8 @@ class Split:
     validation: list  # of `Source`
 
     @property
-    def weights(self) -> tuple:  # share of each directory in the training stream
+    def weights(self) -> tuple:
+        "Share of each directory in the training stream"
         return tuple(source.weight for source in self.train)
 
     def rows_table(self):

@@ -27,7 +27,7 @@ from .dataset import StreamingMixedShardDataset
 from .network import METRICS, SUMS, batch_loss, load_checkpoint, load_network, metrics_of, save_checkpoint
 from .sources import check_separate, discover_and_split_multiple_data, find_shards
 
-# %% ../../nbs/pool/37_training.ipynb #55637fea
+# %% ../../nbs/pool/37_training.ipynb #b954cd21
 @dataclass(frozen=True)
 class TrainingSettings:
     "All that decides how a network is trained, apart from the network and the data"
@@ -53,7 +53,8 @@ class TrainingSettings:
         if self.schedule not in ('cosine', 'constant'): raise bad_value('schedule', self.schedule, ('cosine', 'constant'))
         if self.metric not in METRICS: raise bad_value('metric', self.metric, METRICS)
 
-    def config(self) -> dict:  # what decides the weights; a training must be resumed with the same
+    def config(self) -> dict:
+        "What decides the weights; a training must be resumed with the same"
         free = {'checkpoint_every', 'patience'} | ({'epochs'} if self.schedule == 'constant' else set())
         return {name: value for name, value in asdict(self).items() if name not in free}
 
@@ -76,7 +77,7 @@ def learning_rate_at(
     done = min(1, max(0, step - settings.warmup_steps) / max(1, total - settings.warmup_steps))
     return settings.learning_rate * rise * (.01 + .99 * (1 + math.cos(math.pi * done)) / 2)
 
-# %% ../../nbs/pool/37_training.ipynb #5a5f708f
+# %% ../../nbs/pool/37_training.ipynb #f00b3236
 VALIDATION_POOL = 262_144  # rows; what is only evaluated need not be mixed well
 
 
@@ -100,10 +101,10 @@ def create_datasets(
     else:
         train, validation = find_shards(data_dirs, shard_ranges, weights), find_shards(validation_dirs, validation_shard_ranges)
         check_separate(train, validation)
-    options = dict(weights=weights, batch_size=batch_size, random_seed=random_seed) | options
+    options = dict(batch_size=batch_size, random_seed=random_seed) | options
     pool = max(batch_size, min(options.get('pool_size', VALIDATION_POOL), VALIDATION_POOL))
     return StreamingMixedShardDataset(train, **options), StreamingMixedShardDataset(validation, pool_size=pool, max_memory_gb=options.get('max_memory_gb', 5.),
-        enable_augmentation=False, max_examples_unaugmented=max_validation_examples, batch_size=batch_size, random_seed=random_seed, weights=weights)
+        enable_augmentation=False, max_examples_unaugmented=max_validation_examples, batch_size=batch_size, random_seed=random_seed)
 
 # %% ../../nbs/pool/37_training.ipynb #15155054
 @torch.no_grad()
@@ -138,7 +139,7 @@ def checked_device(
     if str(device) not in there: raise bad_value('device', str(device), there, 'Those are what torch finds on this machine.')
     return torch.device(device)
 
-# %% ../../nbs/pool/37_training.ipynb #e1d3ed69
+# %% ../../nbs/pool/37_training.ipynb #d4107631
 class Trainer:
     "The state of a training, and what moves it on"
     def __init__(self,
@@ -162,10 +163,14 @@ class Trainer:
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)
 
     @property
-    def total_steps(self) -> int: return self.settings.epochs * self.steps_per_epoch
+    def total_steps(self) -> int:
+        "Batches of the whole training"
+        return self.settings.epochs * self.steps_per_epoch
 
     @property
-    def stopped(self) -> bool: return self.settings.patience is not None and self.stale >= self.settings.patience
+    def stopped(self) -> bool:
+        "Has it gone on long enough without a better network?"
+        return self.settings.patience is not None and self.stale >= self.settings.patience
 
 # %% ../../nbs/pool/37_training.ipynb #bfc564ec
 @patch
@@ -373,7 +378,7 @@ def _figures(self: Trainer):
     text = ', '.join(f'{name.replace("_", " ")} {shown[name]:.3f}' for name in ('policy_loss', 'value_loss') if name in shown)
     return f'{text}, best {score(self.best, self.settings.metric):.3f}' if self.best else text
 
-# %% ../../nbs/pool/37_training.ipynb #26ca85db
+# %% ../../nbs/pool/37_training.ipynb #81e8c533
 @dataclass
 class TrainingResult:
     "A trained network and how it came about"
@@ -387,7 +392,9 @@ class TrainingResult:
     directory: Path     # with best.pt, None if nothing was kept
 
     @property
-    def score(self) -> float: return score(self.best, self.metric)
+    def score(self) -> float:
+        "Of the best network"
+        return score(self.best, self.metric)
 
     def __repr__(self): return f'TrainingResult({self.steps} steps, {self.epochs} epochs, best {self.metric} {self.score:.4g} after step {self.best["step"]})'
 

@@ -118,7 +118,7 @@ def _study(directory, metric, pruner):
     return optuna.create_study(study_name=STUDY, storage=_storage(directory), pruner=_pruner(pruner), load_if_exists=True,
                                direction='maximize' if metric.endswith('accuracy') else 'minimize')
 
-# %% ../../nbs/pool/38_tuning.ipynb #d3d93761
+# %% ../../nbs/pool/38_tuning.ipynb #9823704c
 @dataclass
 class Sweep:
     "A study and what its trials are made of"
@@ -128,9 +128,13 @@ class Sweep:
     seed: int                   # of proposals, networks and data
     study: object               # of Optuna
 
-    def lock(self): return file_lock(self.directory/'study.lock', wait=True)
+    def lock(self):
+        "To be held by whoever changes the study"
+        return file_lock(self.directory/'study.lock', wait=True)
 
-    def place(self, name): return self.directory/'trials'/name
+    def place(self, name):
+        "Where a trial is trained"
+        return self.directory/'trials'/name
 
 
 def _counts(trial):
