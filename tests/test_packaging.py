@@ -66,7 +66,7 @@ def test_wheel_holds_the_package_and_imports(tmp_path, python, facts):
     held = {name for name in zipfile.ZipFile(wheel).namelist() if '.dist-info/' not in name}
     assert held == {p.relative_to(ROOT).as_posix() for pattern in ('*.py', 'data/*.yaml') for p in (ROOT / 'datatools').rglob(pattern)}
     zipfile.ZipFile(wheel).extractall(tmp_path / 'installed')
-    code = (f'import sys; sys.path.insert(0, {str(tmp_path / "installed")!r}); import datatools.cli, datatools.groove.__main__, datatools.stft.__main__, datatools.vst.__main__; from datatools.vst import load_config, load_param_set; '
+    code = (f'import sys; sys.path.insert(0, {str(tmp_path / "installed")!r}); import datatools.cli, datatools.groove.__main__, datatools.stft.__main__, datatools.vst.__main__, datatools.pool.__main__; from datatools.vst import load_config, load_param_set; '
             'print(datatools.__file__, load_param_set("surge_full"), load_config("original_config.yaml"))')
     done = python('-c', code, cwd=tmp_path)
     assert str(tmp_path / 'installed') in done.stdout and 'encoded length 300' in done.stdout, done.stderr
