@@ -77,7 +77,7 @@ def weights_of(
     try: return [float(each) for each in text.split(',')]
     except ValueError: raise UsageError(f"weights={text} is not understood: allowed are 'rows', 'shards', or a number for each directory, such as 3,1.") from None
 
-# %% ../../nbs/pool/39_main.ipynb #08239107
+# %% ../../nbs/pool/39_main.ipynb #971c9a82
 @app.command('make-shards')
 def make_shards_command(
     output_dir:Output = ...,
@@ -95,7 +95,7 @@ def make_shards_command(
     with clear_errors('Interrupted. What was played is safe: the same command goes on from there.', dict(output='--output-dir')):
         sources = SOURCES if games is None else [replace(source, games=games) for source in SOURCES]
         made = make_shards(output_dir, sources, HexCodec(board_size), games_per_shard, seed, workers, show_progress)
-        show({str(directory.path): f'{len(directory):,} positions in {len(directory.shards)} shards' for directory in made}, as_json)
+        show({'output_dir': str(output_dir)} | {directory.path.name: f'{len(directory):,} positions in {len(directory.shards)} shards' for directory in made}, as_json)
 
 
 @app.command('convert')
