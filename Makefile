@@ -27,7 +27,7 @@ test: $(VENV)/.installed-dev ## install and run every check: clean notebooks, ex
 	@$(BIN)/python scripts/check_export.py
 	@echo "== notebooks: every cell runs, every assertion holds (nbdev_test)"
 	@$(BIN)/nbdev_test --n_workers 2
-	@echo "== tests/: processes, command line, packaging, site, every notebook alone (pytest)"
+	@echo "== tests/: processes, command line, packaging, site (pytest)"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 docs: $(VENV)/.installed-dev ## build the site into _docs/ (needs Quarto 1.7.34)
@@ -42,7 +42,7 @@ bench: $(VENV)/.installed-bench ## run benchmarks/ side by side with the peers (
 	@for name in $(or $(BENCH),$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py))); do \
 	echo "== benchmarks/$$name.py"; $(BIN)/python -m benchmarks.$$name || exit 1; done
 
-drill: $(VENV)/.installed-dev ## the long crash drills that `make test` leaves out
+drill: $(VENV)/.installed-dev ## the long crash drills that `make test` leaves out, and every notebook alone
 	@$(BIN)/python -m pytest -m drill
 
 prepare: $(VENV)/.installed-dev ## before a commit: clean, export, README, and a style report

@@ -27,6 +27,7 @@ def runs(request):
         pool.shutdown(cancel_futures=True)
 
 
+@pytest.mark.drill  # `make test` runs them all before pytest, in workers that go on; this takes as long again
 @pytest.mark.parametrize('notebook', NOTEBOOKS)
 def test_notebook_alone(notebook, runs):
     done = runs[notebook].result()
