@@ -238,7 +238,7 @@ def test_a_state_of_another_stream_is_refused(directories):
 
 def test_memory_of_all_workers_counts(directories, tmp_path):
     write_directory(tmp_path/'many', 0, [2_000_000])
-    dataset = StreamingMixedShardDataset([tmp_path/'many'], batch_size=1000, random_seed=0, max_memory_gb=(rss_bytes() + 60e6) / 1e9)
+    dataset = StreamingMixedShardDataset([tmp_path/'many'], batch_size=1000, random_seed=0, max_memory_gb=(rss_bytes() + 250e6) / 1e9)
     loader = make_loader(dataset, 30)
     with pytest.raises(MemoryLimitError, match='in 30 workers'): next(iter(loader))
 
