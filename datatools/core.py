@@ -6,10 +6,10 @@
 __all__ = ['DatatoolsError', 'UsageError', 'FormatError', 'MismatchError', 'LockedError', 'MemoryLimitError', 'closest',
            'bad_value', 'seed_for', 'rng_for', 'fsync_directory', 'atomic_write', 'clean_temporaries', 'canonical_json',
            'config_hash', 'write_json', 'read_json', 'hash_file', 'differences', 'check_same_config', 'Manifest',
-           'file_lock', 'rss_bytes', 'peak_rss_bytes', 'human_bytes', 'MemoryMeter', 'progress']
+           'file_lock', 'rss_bytes', 'peak_rss_bytes', 'human_bytes', 'MemoryMeter', 'progress', 'stoppable']
 
-# %% ../nbs/00_core.ipynb #8c021819
-import difflib, hashlib, json, numbers, operator, os, secrets, socket, struct, sys, time
+# %% ../nbs/00_core.ipynb #2862680e
+import difflib, hashlib, json, numbers, operator, os, secrets, signal, socket, struct, sys, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 try: import fcntl, resource
 except ImportError: fcntl = resource = None  # Windows has neither; `file_lock` says so when it is asked for a lock
 
-# %% ../nbs/00_core.ipynb #956a8b53
+# %% ../nbs/00_core.ipynb #174c192a
 class DatatoolsError(Exception):
     "Base of all errors that this package raises on purpose."
 
@@ -412,3 +412,18 @@ def progress(
     "A progress bar on the error stream, or as a widget in a notebook."
     return tqdm(iterable, total=total, desc=desc, unit=unit, file=sys.stderr, dynamic_ncols=True,
                 disable=None if show is None else not show)
+
+# %% ../nbs/00_core.ipynb #342108a1
+@contextmanager
+def stoppable():  # yields a function that says whether Ctrl-C was pressed
+    "Put Ctrl-C off until the job asks for it; pressed again, it interrupts at once."
+    pressed = []
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield lambda: False  # what runs in the background of a shell is not to hear Ctrl-C
+        return
+    def note(*_):
+        pressed.append(True)
+        signal.signal(signal.SIGINT, previous)
+    previous = signal.signal(signal.SIGINT, note)
+    try: yield lambda: bool(pressed)
+    finally: signal.signal(signal.SIGINT, previous)

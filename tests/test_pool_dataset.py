@@ -334,3 +334,19 @@ def test_sequential_keeps_to_its_memory(tmp_path):
     write_directory(tmp_path/'large', 0, [3_000_000])
     with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as process:  # one that has needed nothing yet
         assert process.submit(growth_of_sequential, tmp_path/'large').result() < 2_000_000 * 8 + 60e6
+
+
+def growth_of_a_second_epoch(path):
+    dataset = StreamingMixedShardDataset([path], batch_size=1000, random_seed=0)
+    peaks = []
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        for batch in dataset.raw_batches(): pass
+        peaks.append(peak_rss_bytes())
+    return peaks[1] - peaks[0]
+
+
+def test_a_pool_is_given_back_before_the_next_epoch(tmp_path):
+    write_directory(tmp_path/'large', 0, [4_000_000])  # a pool of 24 MB
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as process:
+        assert process.submit(growth_of_a_second_epoch, tmp_path/'large').result() < 12e6

@@ -9,20 +9,18 @@ __all__ = ['MIDI_SUFFIXES', 'KEPT', 'LARGEST_FILE', 'BATCH_FILES', 'BATCH_ONSETS
            'load_checkpoint', 'BadFile', 'train_model', 'skip_report_path', 'write_skip_report', 'merge_skip_reports',
            'open_part', 'merge_files', 'auto_resolution']
 
-# %% ../../nbs/groove/16_train.ipynb #7c448634
+# %% ../../nbs/groove/16_train.ipynb #ae0aa432
 import csv
 import gc
 import hashlib
 import json
 import logging
 import os
-import signal
 import stat
 import sys
-import threading
 import time
 from array import array
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
@@ -34,7 +32,7 @@ from fastcore.basics import patch
 
 from ..arrays import ArrayFile, write_arrays
 from ..core import (FormatError, MismatchError, UsageError, atomic_write, bad_value, check_same_config, clean_temporaries, config_hash,
-    file_lock, hash_file, human_bytes, peak_rss_bytes, progress, read_json, rss_bytes, write_json)
+    file_lock, hash_file, human_bytes, peak_rss_bytes, progress, read_json, rss_bytes, stoppable, write_json)
 from .counts import MemmapStore, MemoryStore, SqliteStore, merge_blocks, read_order_shards
 from .events import GrooveConfig, choose_resolution
 from .midi import Fault, MidiFault, read_drums
@@ -411,7 +409,7 @@ def _counted(batches, config, run, table, store):
 class BadFile(FormatError):
     "A malformed MIDI file stopped a run with fail_fast"
 
-# %% ../../nbs/groove/16_train.ipynb #b7ce70e9
+# %% ../../nbs/groove/16_train.ipynb #0322e713
 def _report(run, progress, total, started, bar, since):
     "Move the bar, or log a line every `log_every` files"
     bar.update(progress.processed - bar.n)
@@ -422,21 +420,6 @@ def _report(run, progress, total, started, bar, since):
     LOG.info(f'{progress.processed:,} of {total:,} files, {progress.totals["kept"]:,} kept, {progress.totals["onsets"]:,} onsets, {rate:,.0f} files/s{memory}')
 
 
-@contextmanager
-def _stoppable():
-    "Yields a function that says whether Ctrl-C was pressed; pressed again, it interrupts at once"
-    pressed = []
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        yield lambda: False  # what runs in the background of a shell is not to hear Ctrl-C
-        return
-    def note(*_):
-        pressed.append(True)
-        signal.signal(signal.SIGINT, previous)
-    previous = signal.signal(signal.SIGINT, note)
-    try: yield lambda: bool(pressed)
-    finally: signal.signal(signal.SIGINT, previous)
-
-
 def _count_all(files, config, run, table, store, state, checkpoint):
     "Count what is left of a shard, saving on the way; Ctrl-C stops between two batches, when everything is in order"
     total = len(range(run.shard_index, len(files), run.num_shards))
@@ -445,7 +428,7 @@ def _count_all(files, config, run, table, store, state, checkpoint):
     collecting = gc.isenabled()
     if run.gc_every: gc.disable()
     try:
-        with progress(total=total, desc='groove', show=run.show_progress, unit='file') as bar, _stoppable() as stopped:
+        with progress(total=total, desc='groove', show=run.show_progress, unit='file') as bar, stoppable() as stopped:
             for batch in _counted(batches, config, run, table, store):
                 before = state.processed
                 state.add(batch)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READ_BYTES', 'LINE', 'TWO_LINES', 'UNKNOWN', 'SIZES', 'PREFIX_BYTES', 'PREFIXES', 'PLAIN_DTYPE', 'NDARRAY',
            'STAND_INS', 'ALLOWED', 'LIMIT_BYTES', 'REPAIR', 'KEYS', 'GAME_IDS', 'SUM_TOLERANCE', 'BLOCK_ROWS',
-           'LEGACY_NAME', 'RECORD', 'WORK', 'read_gzip', 'scan_pickle', 'DtypeStandIn', 'ArrayStandIn', 'Callable',
+           'LEGACY_NAME', 'RECORD', 'PARTS', 'read_gzip', 'scan_pickle', 'DtypeStandIn', 'ArrayStandIn', 'Callable',
            'Encoder', 'RestrictedUnpickler', 'restricted_loads', 'load_legacy', 'board_size_of', 'Block', 'GameNumbers',
            'read_block', 'winner', 'check_boards', 'check_policies', 'convert_file', 'find_legacy_files', 'game_order',
            'convert']
@@ -510,8 +510,8 @@ def game_order(
     _, first, which = np.unique(game, return_index=True, return_inverse=True)
     return np.lexsort((ply, first[which]))
 
-# %% ../../nbs/pool/32_legacy.ipynb #b495b581
-RECORD, WORK = 'conversion.json', '.conversion'  # beside the manifest: what was converted; while it goes on: ledger and parts
+# %% ../../nbs/pool/32_legacy.ipynb #ff6b2b36
+RECORD, PARTS = 'conversion.json', '.conversion'  # beside the manifest: what was converted; while it goes on: ledger and parts
 
 
 def _options(board_size, soft_policy, game_ids, source_number):
@@ -528,9 +528,9 @@ def _make_parts(files, output, options, limit_bytes, workers, show):
     for file in files:
         status = file.stat()
         key = f'{file.absolute()}|{status.st_size}|{status.st_mtime_ns}'
-        parts.append(output/WORK/f'{config_hash(key)[:32]}{SUFFIX}')
+        parts.append(output/PARTS/f'{config_hash(key)[:32]}{SUFFIX}')
         tasks.append(Task(key, (file, parts[-1], options['soft_policy'], options['game_ids'], options['source_number'], limit_bytes)))
-    results = [*run_tasks(convert_file, tasks, workers=workers, ledger=output/WORK/'ledger', ledger_config=options, show_progress=show, description='convert')]
+    results = [*run_tasks(convert_file, tasks, workers=workers, ledger=output/PARTS/'ledger', ledger_config=options, show_progress=show, description='convert')]
     wrong = [result.error.message.removeprefix('FormatError: ') if result.error.message.startswith('FormatError: ') else f'{file}: {result.error}'
              for file, result in zip(files, results) if result.error]
     if wrong:
@@ -567,7 +567,7 @@ def _assemble(joined, output, codec, rows_per_shard, group_by_game, source):
     with ShardWriter(output, codec, rows_per_shard, source) as writer:
         for records, game in joined.blocks(order, codec): writer.append(records, game)
 
-# %% ../../nbs/pool/32_legacy.ipynb #92f9411b
+# %% ../../nbs/pool/32_legacy.ipynb #229586c1
 def _finished(output, wanted, board_size):
     "The directory if it is there and was made of these files with these options, None if there is none"
     if not (output/Manifest.name).exists(): return None
@@ -578,7 +578,7 @@ def _finished(output, wanted, board_size):
     if board_size not in (None, made.codec.board_size):
         raise MismatchError(f'{output} was converted with boards of {made.codec.board_size} × {made.codec.board_size} cells, '
                             f'and board_size is {board_size}. Choose another directory.')
-    shutil.rmtree(output/WORK, ignore_errors=True)  # of a process that was killed at the very end
+    shutil.rmtree(output/PARTS, ignore_errors=True)  # of a process that was killed at the very end
     return made
 
 
@@ -590,7 +590,7 @@ def _check_output(output, resume):
     if output.exists() and shard_files(output) and not (output/RECORD).exists():
         raise bad_value('output', str(output), 'a new directory', f'It holds shards that were not converted: there is no {RECORD}.')
 
-# %% ../../nbs/pool/32_legacy.ipynb #992aa635
+# %% ../../nbs/pool/32_legacy.ipynb #e9467ecb
 def convert(
     inputs,                         # a path or a list of paths: legacy files, or directories of them
     output,                         # directory of shards to make
@@ -613,12 +613,12 @@ def convert(
     wanted = dict(options, group_by_game=bool(group_by_game), rows_per_shard=rows_per_shard, files=sizes)
     _check_output(output, resume)
     if done := _finished(output, wanted, board_size): return done
-    (output/WORK).mkdir(parents=True, exist_ok=True)
+    (output/PARTS).mkdir(parents=True, exist_ok=True)
     parts, facts = _make_parts(files, output, options, limit_bytes, workers, show)
     _agree(files, facts, board_size)
     joined = _Parts(parts)
     described = [fact | dict(bytes=size) for fact, (_, size) in zip(facts, sizes)]
     write_json(output/RECORD, wanted | _counted(joined) | dict(files=described))
     _assemble(joined, output, HexCodec(facts[0]['board_size'], soft_policy), rows_per_shard, group_by_game, f'{len(files)} legacy files')
-    shutil.rmtree(output/WORK)
+    shutil.rmtree(output/PARTS)
     return ShardDirectory.open(output)

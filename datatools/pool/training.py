@@ -6,14 +6,12 @@
 __all__ = ['VALIDATION_POOL', 'FORMAT', 'VERSION', 'TrainingSettings', 'learning_rate_at', 'create_datasets', 'evaluate',
            'checked_device', 'Trainer', 'DivergedError', 'score', 'TrainingResult', 'train']
 
-# %% ../../nbs/pool/37_training.ipynb #135f9399
+# %% ../../nbs/pool/37_training.ipynb #e1090982
 import html
 import json
 import math
-import signal
-import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import DatatoolsError, Manifest, MismatchError, atomic_write, bad_value, canonical_json, file_lock, progress
+from ..core import DatatoolsError, Manifest, MismatchError, atomic_write, bad_value, canonical_json, file_lock, progress, stoppable
 from .dataset import StreamingMixedShardDataset
 from .network import METRICS, SUMS, batch_loss, load_checkpoint, load_network, metrics_of, save_checkpoint
 from .sources import check_separate, discover_and_split_multiple_data, find_shards
@@ -310,22 +308,7 @@ def prepare(self: Trainer,
     if (self.directory/'checkpoint.pt').exists(): self.load_state_dict(load_checkpoint(self.directory/'checkpoint.pt', self.device))
     else: self.train_dataset.set_epoch(0)
 
-# %% ../../nbs/pool/37_training.ipynb #d22bb8cd
-@contextmanager
-def _stoppable():
-    "Yields a function that says whether Ctrl-C was pressed; pressed again, it interrupts at once"
-    pressed = []
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        yield lambda: False
-        return
-    def note(*_):
-        pressed.append(True)
-        signal.signal(signal.SIGINT, previous)
-    previous = signal.signal(signal.SIGINT, note)
-    try: yield lambda: bool(pressed)
-    finally: signal.signal(signal.SIGINT, previous)
-
-# %% ../../nbs/pool/37_training.ipynb #73cbe0ab
+# %% ../../nbs/pool/37_training.ipynb #4eb6294c
 @patch
 def _after_step(self: Trainer, on_report, epoch_ends=False):
     "Report and save, where it is time to"
@@ -349,7 +332,7 @@ def run(self: Trainer,
     began = time.perf_counter() - self.seconds
     bar = progress(total=self.total_steps, desc='training', show=show, unit='batch')
     self.model.train()
-    with bar, _stoppable() as interrupted:
+    with bar, stoppable() as interrupted:
         bar.update(self.step)
         while self.epoch < self.settings.epochs and not self.stopped:
             for batch in self.train_dataset:

@@ -145,7 +145,7 @@ def read_metadata(
         table[name] = row
     return table
 
-# %% ../../nbs/stft/23_precompute.ipynb #3f3eae08
+# %% ../../nbs/stft/23_precompute.ipynb #545e0049
 def file_items(
     path,                # audio file
     name: str,           # of the file in the store
@@ -181,7 +181,7 @@ def _check_length(reader, config, keep_audio):
     if size > MOST_BYTES: raise FormatError(f'{reader.facts.path}: is too long: an item of {human_bytes(size)}, at most {human_bytes(MOST_BYTES)} '
                                             'can be stored; cut it into segments (segment_seconds)')
 
-
+# %% ../../nbs/stft/23_precompute.ipynb #74842e91
 def file_checksum(
     path,    # str or Path
 ) -> str:    # CRC-32C, 8 hexadecimal digits
@@ -215,7 +215,7 @@ def transform_file(
         return dict(refused=str(error).removeprefix(f'{path}: ').replace(path, Path(path).name))
     return dict(sizes=sizes, held=held, seconds=round(seconds, 6), crc32c=file_checksum(path))
 
-# %% ../../nbs/stft/23_precompute.ipynb #46ff519e
+# %% ../../nbs/stft/23_precompute.ipynb #4fecdbc2
 def _records(made, spool):
     "The records of a transformed file: first those that were held, then those in its spool file"
     yield from made['held']
@@ -232,7 +232,7 @@ def _half_file(path, first, count):
         owner = store.record(count - 1).metadata['source']
         with store.begin() as txn: return owner, [bytes(txn.get(item_key(index), db=store.items)[:HEAD.size]) for index in range(first, count)]
 
-
+# %% ../../nbs/stft/23_precompute.ipynb #e9e756f4
 class _Part:
     "One of the two stores while it is being written."
     def __init__(self, writer: StoreWriter, names: list, retry_refused: bool = False):
@@ -276,7 +276,7 @@ class _Part:
         self.writer.complete(**facts)
         return dict(items=self.writer.count, **facts, reasons=refused)
 
-# %% ../../nbs/stft/23_precompute.ipynb #0830998d
+# %% ../../nbs/stft/23_precompute.ipynb #1046059c
 MEMORY_BYTES = 64 << 20  # of one file's records are held in memory without workers
 RETRIES = 2              # of a file whose reader crashed or took too long
 SIDES = ('train', 'val')
@@ -302,7 +302,7 @@ class PrecomputeOptions:
 
 UNUSABLE = (errno.ENOENT, errno.ELOOP, errno.EACCES, errno.ENAMETOOLONG)  # what is wrong with a name or a link, not with the storage
 
-
+# %% ../../nbs/stft/23_precompute.ipynb #f8815ea3
 def _listed(path):
     "Size and time of a file, and why it cannot be used, as far as a listing tells"
     try: status = path.stat()
@@ -334,7 +334,7 @@ def _compare_files(output, facts, times):
     more = f'\n  and {len(changed) - 10} more' if len(changed) > 10 else ''
     raise MismatchError(f'The files are not those that {output} was begun with:{shown}{more}\nPut them back as they were, or begin in a new directory.')
 
-# %% ../../nbs/stft/23_precompute.ipynb #0fa5f9c2
+# %% ../../nbs/stft/23_precompute.ipynb #a296a9b7
 def _spool(output):
     "An empty folder with a name that no process of an earlier run knows; what such a run left is removed"
     clean_temporaries(output)
@@ -367,7 +367,7 @@ def _open_part(output, side, facts, config, keep_audio, resume, options):
     decides = dict(stft=config.as_dict(), keep_audio=keep_audio, files=len(facts), files_sha256=config_hash(facts))
     return StoreWriter(output/f'{side}.lmdb', decides, options.map_size, options.durability, resume), list(facts)
 
-
+# %% ../../nbs/stft/23_precompute.ipynb #95ad62ff
 def _in_flight(sizes, config, workers):
     "How many files may be at work or wait in the spool: fewer if they are long, but one for each worker"
     cell = 4 if config.dtype == 'float16' else 8  # bytes of a bin; 16-bit audio has 2 for a sample
@@ -398,7 +398,7 @@ def _take(part, result, place, facts):
     part.take(result.key, made, place, dict(bytes=facts['bytes']))
     Path(place).unlink(missing_ok=True)
 
-# %% ../../nbs/stft/23_precompute.ipynb #5061c090
+# %% ../../nbs/stft/23_precompute.ipynb #fba5e080
 def precompute(
     inputs,                     # audio files and folders
     output_dir,                 # folder for train.lmdb and val.lmdb
@@ -443,7 +443,7 @@ def precompute(
             bar.update()
         return _summary({side: part.finish() for side, part in parts.items()}, parts, left_out, time.perf_counter() - begun)
 
-
+# %% ../../nbs/stft/23_precompute.ipynb #500cb2dc
 def _note_files(output, facts, times):
     "Write down which files the job is about"
     write_json(output/'files.json', {name: dict(fact, mtime_ns=times.get(name, 0)) for name, fact in facts.items()})
