@@ -1,5 +1,11 @@
-"""Write README.md from nbs/index.ipynb, without Quarto. With --check, only say whether it is in step."""
+"""Write README.md and its pictures from nbs/index.ipynb, without Quarto. With --check, only say whether they are in step.
+
+A picture that a cell has saved goes to nbs/images/NAME.png, where `#| label: NAME` gives the name and `#| fig-alt:` the
+words for those who do not see it.
+"""
 import argparse
+import ast
+import base64
 import json
 import re
 import sys
@@ -14,13 +20,13 @@ def as_text(value: str | list[str]) -> str:
     return value if isinstance(value, str) else ''.join(value)
 
 
-def output_text(output: dict) -> str:
-    "A cell's output as markdown; pictures are left to the site."
+def output_text(output: dict, directives: dict) -> str:
+    "A cell's output as markdown."
     if output['output_type'] == 'stream': return fenced(as_text(output['text']), '')
     data = output.get('data', {})
     if 'text/markdown' in data: return as_text(data['text/markdown']).strip()
-    if 'text/plain' in data and not any(kind.startswith(('image/', 'text/html')) for kind in data):
-        return fenced(as_text(data['text/plain']), '')
+    if 'image/png' in data: return f"![{directives['fig-alt']}](nbs/images/{directives['label']}.png)"
+    if 'text/plain' in data and 'text/html' not in data: return fenced(as_text(data['text/plain']), '')
     return ''
 
 
@@ -35,32 +41,66 @@ def markdown_cell(source: str) -> str:
     return re.sub(r'\]\((?!https?:|#|mailto:|\.\./)([^)\s]+\.ipynb)', r'](nbs/\1', source).replace('](../', '](').strip()
 
 
-def code_cell(cell: dict) -> str:
-    "Code and outputs, without directives; nothing for a hidden cell."
-    source = as_text(cell['source'])
-    found = dict(DIRECTIVE.findall(source))
-    if 'hide' in found or found.get('include', '').strip() == 'false' or 'nbdev_export' in source: return ''
-    code = '' if found.get('echo', '').strip() == 'false' else fenced(DIRECTIVE.sub('', source), 'python')
-    return '\n\n'.join(filter(None, [code, *map(output_text, cell.get('outputs', []))]))
+def only_imports(code: str) -> bool:
+    "Are these imports and nothing else? They stand in cells of their own, and belong to what follows."
+    return not code.startswith('%%') and all(isinstance(each, (ast.Import, ast.ImportFrom)) for each in ast.parse(code).body)
+
+
+def code_cell(cell: dict, imports: str) -> str:
+    "Imports, code and outputs, without directives; nothing for a hidden cell."
+    source, directives = as_text(cell['source']), directives_of(cell)
+    code = '' if directives.get('echo', '').strip() == 'false' else DIRECTIVE.sub('', source)
+    block = fenced(code.removeprefix('%%bash'), 'sh') if code.startswith('%%bash') else fenced('\n\n'.join(filter(None, [imports, code])), 'python')
+    return '\n\n'.join(filter(None, [block, *(output_text(output, directives) for output in cell.get('outputs', []))]))
+
+
+def directives_of(cell: dict) -> dict[str, str]: return {name: value.strip() for name, value in DIRECTIVE.findall(as_text(cell['source']))}
+
+
+def shown(cell: dict) -> bool:
+    "Does a reader of the site see anything of this cell?"
+    directives = directives_of(cell) if cell['cell_type'] == 'code' else {}
+    return 'hide' not in directives and directives.get('include') != 'false' and 'nbdev_export(' not in as_text(cell['source'])
+
+
+def cells() -> list[dict]:
+    "The cells of nbs/index.ipynb that are shown."
+    return list(filter(shown, json.loads((ROOT / 'nbs/index.ipynb').read_text(encoding='utf-8'))['cells']))
 
 
 def readme() -> str:
     "README.md as nbs/index.ipynb wants it."
-    cells = json.loads((ROOT / 'nbs/index.ipynb').read_text(encoding='utf-8'))['cells']
-    parts = [markdown_cell(as_text(c['source'])) if c['cell_type'] == 'markdown' else code_cell(c) for c in cells]
-    note = '<!-- Written from nbs/index.ipynb by scripts/make_readme.py: edit the notebook, then run make prepare. -->'
-    return '\n\n'.join(filter(None, [note, *parts])) + '\n'
+    parts, imports = ['<!-- Written from nbs/index.ipynb by scripts/make_readme.py: edit the notebook, then run make prepare. -->'], ''
+    for cell in cells():
+        source = as_text(cell['source'])
+        if cell['cell_type'] == 'markdown': parts.append(markdown_cell(source))
+        elif only_imports(source): imports = source.strip()
+        else: parts, imports = [*parts, code_cell(cell, imports)], ''
+    return '\n\n'.join(filter(None, parts)) + '\n'
+
+
+def pictures() -> dict[Path, bytes]:
+    "The pictures of the README, by their paths."
+    found = {}
+    for cell in cells():
+        for data in (output.get('data', {}) for output in cell.get('outputs', [])):
+            if 'image/png' in data: found[ROOT / f"nbs/images/{directives_of(cell)['label']}.png"] = base64.b64decode(as_text(data['image/png']))
+    return found
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument('--check', action='store_true', help='exit 1 if README.md is out of step, write nothing')
-    check = parser.parse_args().check
-    path, text = ROOT / 'README.md', readme()
-    if not check: path.write_text(text, encoding='utf-8')
-    elif not path.exists() or path.read_text(encoding='utf-8') != text:
-        print('README.md is out of step with nbs/index.ipynb: run make prepare')
-        return 1
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--check', action='store_true', help='exit 1 if something is out of step, write nothing')
+    wanted = {ROOT / 'README.md': readme().encode(), **pictures()}
+    old = [path for path in wanted if not path.exists() or path.read_bytes() != wanted[path]]
+    stale = sorted({*(ROOT / 'nbs/images').glob('*.png')} - {*wanted})
+    if parser.parse_args().check:
+        for path in [*old, *stale]: print(f'{path.relative_to(ROOT)} is out of step with nbs/index.ipynb: run make prepare')
+        return int(bool(old or stale))
+    for path in old:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(wanted[path])
+    for path in stale: path.unlink()
     return 0
 
 
