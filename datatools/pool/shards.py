@@ -116,7 +116,7 @@ def _entry(path, codec):
     games = None if game is None else len(np.unique(game))
     return dict(name=path.name, rows=len(records), bytes=path.stat().st_size, checksum=hash_file(path), sample=sample_file(path), games=games)
 
-# %% ../../nbs/pool/30_shards.ipynb #f74962cc
+# %% ../../nbs/pool/30_shards.ipynb #ad85543f
 def finish_directory(
     directory,          # that holds *.records files of one kind
     codec,              # what the records are
@@ -126,6 +126,7 @@ def finish_directory(
     directory = Path(directory)
     files = shard_files(directory)
     if not files: raise bad_value('directory', str(directory), f'a directory with *{SUFFIX} files in it')
+    clean_temporaries(directory)  # of workers that were killed
     config, shards = _header(codec), [_entry(path, codec) for path in files]
     if not any(shard['rows'] for shard in shards): raise bad_value('directory', str(directory), 'a directory with at least one record in its shards')
     fields = dict(format=FORMAT, version=VERSION, config=config, config_hash=config_hash(config), complete=True, shards=shards, source=source)
