@@ -20,7 +20,7 @@ demo: $(VENV)/.installed ## install, train on MIDI drums in 4 shards, merge, eva
 	@$(BIN)/python scripts/demo.py $(if $(DATA),--data "$(DATA)")
 
 test: $(VENV)/.installed-dev ## install and run every check: clean notebooks, export in step, notebooks, pytest
-	@sh scripts/install_test_plugins.sh
+	@sh scripts/install_for_tests.sh
 	@echo "== style: titles, imports in cells of their own, no hidden test, sidebar, no machine paths"
 	@$(BIN)/python scripts/check_notebooks.py
 	@echo "== notebooks are clean, datatools/ is what the notebooks export"
@@ -35,8 +35,9 @@ docs: $(VENV)/.installed-dev ## build the site into _docs/ (needs Quarto 1.7.34)
 	https://github.com/quarto-dev/quarto-cli/releases/tag/v1.7.34"; exit 1; }
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_docs --n_workers 2
 
-lab: $(VENV)/.installed-dev ## open the notebooks in JupyterLab
-	@$(BIN)/jupyter lab nbs
+lab: $(VENV)/.installed-dev ## open the notebooks in JupyterLab (NB=... for one; LAB_ARGS="--no-browser --port 8890")
+	@JUPYTER_PREFER_ENV_PATH=1 JUPYTER_PATH= $(BIN)/jupyter lab "$(or $(NB),nbs)" $(if $(filter 0,$(shell id -u)),--allow-root) \
+	$(if $(SSH_CONNECTION),--no-browser) $(LAB_ARGS)
 
 bench: $(VENV)/.installed-bench ## run benchmarks/ side by side with the peers (BENCH="groove ..." for some)
 	@for name in $(or $(BENCH),$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py))); do \
