@@ -29,7 +29,7 @@ from datatools.groove.train import Skip
 from datatools.testing import write_drum_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ['train', 'merge', 'sample', 'eval', 'stats', 'info', 'export']
+COMMANDS = ['train', 'merge', 'sample', 'eval', 'stats', 'info', 'verify', 'export']
 
 
 def sha(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -83,7 +83,7 @@ def test_both_names_of_the_program(model, python):
     first, second = outcomes('info', model, '--json')
     assert first == second and first[0] == 0 and json.loads(first[1])['kind'] == 'groove model' and not first[2]
     first, second = outcomes('info', 'nowhere')
-    assert first == second == (1, '', 'Error: nowhere does not exist.\n')
+    assert first == second == (2, '', "Error: MODEL='nowhere' is not allowed: it must be a file or directory that exists.\n")
 
 
 @pytest.mark.parametrize('name', COMMANDS)
@@ -120,7 +120,7 @@ def test_damaged_models_are_refused(model, corpus, tmp_path):
     for name, wrong in damaged.items():
         bad.unlink(missing_ok=True) if wrong is None else bad.write_bytes(wrong)
         for arguments in (['info', bad], ['stats', bad], ['sample', bad], ['eval', bad, corpus], ['export', bad, '--arpa', tmp_path/'x.arpa'], ['merge', bad, model, '-o', tmp_path/'x']):
-            said = command(*arguments, code=1)
+            said = command(*arguments, code=2 if wrong is None else 1)
             assert str(bad) in said and ('pickle' in said.replace(str(bad), '')) == (name == 'pickle'), (name, said)
     assert {path.name for path in tmp_path.iterdir()} <= {'model.pkl'}
     (tmp_path/'model.pkl').write_bytes(content)  # any name holds the one format
@@ -438,7 +438,7 @@ def test_labels_from_files_and_tables(corpus, tmp_path):
     for content, code in (('', 2), ('a,b\n1,2\n', 2), ('midi_filename,mood\nx,y\n', 2)):
         (tmp_path/'labels.csv').write_text(content)
         train(corpus, '-o', tmp_path/'m', '--aux-key', 'style', '--aux-csv', tmp_path/'labels.csv', code=code)
-    assert str(tmp_path/'none.csv') in train(corpus, '-o', tmp_path/'m', '--aux-key', 'style', '--aux-csv', tmp_path/'none.csv', code=1)
+    assert str(tmp_path/'none.csv') in train(corpus, '-o', tmp_path/'m', '--aux-key', 'style', '--aux-csv', tmp_path/'none.csv', code=2)
 
 
 @pytest.mark.parametrize('content', [b'style,midi_filename\nrock\n', b'midi_filename,style\n\xff,x\n', b'midi_filename,style\n' + b'a' * 200_000 + b',x\n'], ids=['short row', 'not utf-8', 'long field'])

@@ -229,9 +229,9 @@ def test_options_come_through(corpus, tmp_path):
     (['precompute', 'in', '--output-dir', 'out', '--dtype', 'int8'], 2, '--dtype'), (['precompute', 'in', '--output-dir', 'out', '--sample-rate', 0], 2, '--sample-rate=0'),
     (['precompute', 'in', '--output-dir', 'out', '--segment-seconds', .001], 2, '--segment-seconds=0.001'), (['precompute', 'in', '--output-dir', 'out', '--workers', -1], 2, '--workers=-1'),
     (['precompute', 'in', '--output-dir', 'out', '--workers', 0, '--timeout', 3], 2, '--timeout=3.0'), (['precompute', 'in', '--output-dir', 'out', '--device', 'tpu'], 2, '--device='),
-    (['precompute', 'in', '--output-dir', 'out', '--val-fraction', 2], 2, '--val-fraction=2.0'), (['precompute', 'in', '--output-dir', 'out', '--val-list', 'nowhere.txt'], 1, 'nowhere.txt'),
-    (['precompute', 'in', '--output-dir', 'out', '--metadata', 'nowhere.csv'], 1, 'nowhere.csv'), (['precompute', 'in', '--output-dir', 'notes.txt'], 1, 'notes.txt'),
-    (['precompute', 'in', '--output-dir', 'out', '--map-size', 1], 2, '--map-size=1'), (['info', 'nowhere'], 1, 'There is no store here'), (['verify', 'in'], 1, 'There is no store here'),
+    (['precompute', 'in', '--output-dir', 'out', '--val-fraction', 2], 2, '--val-fraction=2.0'), (['precompute', 'in', '--output-dir', 'out', '--val-list', 'nowhere.txt'], 2, 'nowhere.txt'),
+    (['precompute', 'in', '--output-dir', 'out', '--metadata', 'nowhere.csv'], 2, 'nowhere.csv'), (['precompute', 'in', '--output-dir', 'notes.txt'], 1, 'notes.txt'),
+    (['precompute', 'in', '--output-dir', 'out', '--map-size', 1], 2, '--map-size=1'), (['info', 'nowhere'], 2, "STORE='nowhere' is not allowed"), (['verify', 'in'], 1, 'There is no store here'),
     (['info', 'notes.txt'], 1, 'notes.txt'), (['precomput'], 2, 'precomput'), (['info', 'in', '--yaml'], 2, '--yaml')], ids=str)
 def test_wrong_arguments(corpus, tmp_path, monkeypatch, arguments, code, said):
     (tmp_path/'empty').mkdir()

@@ -119,7 +119,7 @@ def test_wrong_arguments(arguments, said): assert said in command(*arguments, co
 
 
 def test_what_is_no_data_set(tmp_path):
-    assert command('info', tmp_path/'nowhere', code=1).count('\n') == 1
+    assert command('info', tmp_path/'nowhere', code=2).count('\n') == 1
     (tmp_path/'set').mkdir()
     for name in ('info', 'validate'): assert 'dataset_0000.h5' in command(name, tmp_path/'set', code=2)
     (tmp_path/'set/dataset_0000.h5').write_text('no HDF5')
