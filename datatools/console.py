@@ -54,14 +54,14 @@ def _option(name):
     "What a parameter is called on the command line"
     return name if name.isupper() else f'--{name.replace("_", "-")}'
 
-# %% ../nbs/04_console.ipynb #f00259ec
+# %% ../nbs/04_console.ipynb #0b9d90b6
 _, _, ClickError, *_ = typer.BadParameter.__mro__  # Typer brings a Click of its own, or uses the one that is installed
 
 
 def _usage(error):
     "What was typed wrongly, and what to do about it, in one line"
     near = getattr(error, 'possibilities', None)
-    message = ' '.join((f'{error.message} Did you mean {" or ".join(sorted(near))}?' if near else error.format_message()).split())
+    message = ' '.join((f'{error.message.rstrip(".")}. Did you mean {" or ".join(sorted(near))}?' if near else error.format_message()).split())
     if not message.endswith(('.', '?')): message += '.'
     return f'Error: {message} See {error.ctx.command_path} --help.' if getattr(error, 'ctx', None) else f'Error: {message}'
 

@@ -8,7 +8,7 @@ __all__ = ['app', 'clear_errors', 'LoopsDir', 'Filelist', 'Model', 'groove', 'Dr
            'readable', 'eval_command', 'info_command', 'model_stats', 'verify_command', 'stats_command',
            'export_command']
 
-# %% ../../nbs/groove/19_main.ipynb #19cbbfae
+# %% ../../nbs/groove/19_main.ipynb #1c27ec07
 import json
 import logging
 import sys
@@ -27,6 +27,7 @@ from ..console import Json, Output, Progress, Resume, Seed, existing, shared, sh
 from ..core import FormatError, UsageError, bad_value, progress
 from .arpa import write_arpa
 from .counts import fold_order
+from .describe import model_facts
 from .events import DRUM_CLASSES, GrooveConfig, tokenise
 from .midi import MidiFault, read_drums, write_drums
 from .model import GrooveModel, table_layout
@@ -221,7 +222,7 @@ def eval_command(
         figures = trained.evaluate(chain([first], performances))
         show(dict(figures, skipped=skipped), as_json)
 
-# %% ../../nbs/groove/19_main.ipynb #6865bdc6
+# %% ../../nbs/groove/19_main.ipynb #66aa92ae
 @app.command('info')
 def info_command(
     model:Model,
@@ -229,11 +230,8 @@ def info_command(
 ):
     "What a model was trained on, and with which configuration."
     with clear_errors():
-        facts = GrooveModel.load(model, verify=True).info()
-        if not as_json:
-            totals, coverage = facts.pop('totals'), facts.pop('coverage')
-            facts = dict(facts, **totals, styles=', '.join(facts['styles']) or 'none', lists=len(coverage))
-        show(facts, as_json)
+        opened = GrooveModel.load(model, verify=True)
+        show(opened.info() if as_json else model_facts(opened), as_json)
 
 
 def model_stats(model, most=8):

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'Directories', 'Directory', 'Parent', 'Ranges', 'PoolSize', 'Memory', 'BatchSize', 'Weights', 'OPTIONS',
-           'Network', 'Epochs', 'Fraction', 'Examples', 'Order', 'GameIds', 'Sampler', 'Pruner', 'shard_directories',
-           'weights_of', 'make_shards_command', 'convert_command', 'facts_of', 'info_command', 'show_each', 'record_of',
-           'verify_command', 'compress_command', 'decompress_command', 'mix_report_command', 'stream_of', 'save_plot',
-           'train_command', 'board_size_of', 'sweep_command', 'space_of']
+           'Network', 'Epochs', 'Fraction', 'Examples', 'Order', 'GameIds', 'Sampler', 'Pruner', 'weights_of',
+           'make_shards_command', 'convert_command', 'info_command', 'show_each', 'record_of', 'verify_command',
+           'compress_command', 'decompress_command', 'mix_report_command', 'stream_of', 'save_plot', 'train_command',
+           'board_size_of', 'sweep_command', 'space_of']
 
-# %% ../../nbs/pool/39_main.ipynb #5c65a86a
+# %% ../../nbs/pool/39_main.ipynb #5ece7724
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -18,8 +18,9 @@ from typing import Annotated, List, Optional
 import typer
 
 from ..console import Device, Group, Json, OutputDir, Progress, Resume, Seed, Workers, clear_errors, existing, shared, show
-from ..core import FormatError, Manifest, UsageError
-from .shards import FORMAT, ShardDirectory, shard_files
+from ..core import FormatError, UsageError
+from .describe import facts_of, shard_directories
+from .shards import ShardDirectory
 
 # %% ../../nbs/pool/39_main.ipynb #787e1277
 app = typer.Typer(name='pool', cls=Group, help='Mix millions of game positions from many shard directories, train on them, and search for hyperparameters.',
@@ -44,24 +45,7 @@ class GameIds(str, Enum): all, file, none = 'global', 'file', 'none'
 class Sampler(str, Enum): tpe, grid = 'tpe', 'grid'
 class Pruner(str, Enum): median, hyperband, none = 'median', 'hyperband', 'none'
 
-# %% ../../nbs/pool/39_main.ipynb #facbb831
-def shard_directories(
-    paths:list,  # directories of shards, or directories in which such lie
-) -> list:       # directories of shards, in order
-    "The directories that are meant; others inside them, such as that of a training, do not count"
-    found = []
-    for path in paths:
-        inside = sorted(filter(_holds_shards, path.iterdir())) if path.is_dir() and not _holds_shards(path) else []
-        found += inside or [path]
-    return found
-
-
-def _holds_shards(path):
-    "Is it a directory of shards, though it may be unfinished?"
-    if not path.is_dir(): return False
-    return Manifest.open(path)['format'] == FORMAT if (path/Manifest.name).exists() else bool(shard_files(path))
-
-
+# %% ../../nbs/pool/39_main.ipynb #b603872a
 def weights_of(
     text:str,  # 'rows', 'shards', or numbers with commas
 ):             # what `find_shards` takes
@@ -111,16 +95,7 @@ def convert_command(
         made = convert(inputs, output_dir, workers, resume, rows_per_shard, board_size, soft_policy, group_by_game, game_ids.value, show=show_progress)
         show(facts_of(made), as_json)
 
-# %% ../../nbs/pool/39_main.ipynb #fe3ae3e6
-def facts_of(
-    directory:ShardDirectory,
-) -> dict:
-    "What there is to know without reading any record"
-    games = [shard.game_count for shard in directory.shards]
-    return dict(path=str(directory.path), records=len(directory), shards=len(directory.shards), record_bytes=directory.dtype.itemsize,
-        total_bytes=sum(shard.bytes for shard in directory.shards), games=sum(games) if None not in games else 'not known', codec=repr(directory.codec), source=directory.source or 'not said')
-
-
+# %% ../../nbs/pool/39_main.ipynb #0577f467
 @app.command('info')
 @app.command('inspect', hidden=True)  # its name in earlier releases
 def info_command(

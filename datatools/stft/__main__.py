@@ -6,7 +6,7 @@
 __all__ = ['app', 'Inputs', 'Store', 'Windows', 'SameWindows', 'stft', 'Numbers', 'Durability', 'precompute_command',
            'info_command', 'verify_command']
 
-# %% ../../nbs/stft/29_main.ipynb #0d17ff06
+# %% ../../nbs/stft/29_main.ipynb #8c5de876
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, List, Optional
@@ -15,8 +15,8 @@ import typer
 
 from ..console import Device, Group, Json, Progress, Resume, Workers, clear_errors, echo, existing, shared, show
 from ..core import FormatError, UsageError
+from .describe import store_facts
 from .precompute import PrecomputeOptions, precompute, verify_store
-from .store import environment
 from .transform import STFTConfig
 
 # %% ../../nbs/stft/29_main.ipynb #46d2e088
@@ -100,16 +100,12 @@ def precompute_command(
         show(summary, True) if as_json else _print(summary)
         _check_sides(summary, output_dir, val_fraction > 0 or val_list is not None)
 
-# %% ../../nbs/stft/29_main.ipynb #c15d5d2a
+# %% ../../nbs/stft/29_main.ipynb #6efb4fc8
 @app.command('info')
 def info_command(store:Store, as_json:Json = False):
     "Say what a store holds, and which files were refused."
-    with clear_errors(), environment(store) as opened:
-        info = opened.info()
-        refused = {name: fact['refused'] for name, fact in opened.sources().items() if isinstance(fact, dict) and 'refused' in fact}
-        config = info.config if isinstance(info.config, dict) else {}  # whoever wrote the store with `StoreWriter` chose it
-        facts = {**info.facts, **dict(path=str(store), items=info.count, complete=info.complete, file_bytes=info.file_bytes, stft=config.get('stft', {}),
-                                      fields=repr(info.schema))}
+    with clear_errors():
+        facts, refused = store_facts(store)
         if as_json: return show(dict(facts, reasons=refused), True)
         show(facts, False)
         for name, reason in refused.items(): echo(f'refused: {name}: {reason}')
