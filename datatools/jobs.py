@@ -6,13 +6,14 @@
 __all__ = ['ENGINES', 'Task', 'TaskError', 'TaskResult', 'Outcome', 'call', 'Engine', 'InlineEngine', 'die_with_parent',
            'LocalEngine', 'make_engine', 'Ledger', 'run_tasks']
 
-# %% ../nbs/01_jobs.ipynb #fdb7c112
+# %% ../nbs/01_jobs.ipynb #900c50c5
 import ctypes, json, multiprocessing, os, pickle, queue, signal, sys, threading, time, traceback
 from collections import deque
 from concurrent.futures import BrokenExecutor, ThreadPoolExecutor, TimeoutError as TaskTimeout
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -289,11 +290,11 @@ def stop(self: LocalEngine):
         with ThreadPoolExecutor(len(begun)) as threads: list(threads.map(_Slot.close, begun))
     self.slots.clear()
 
-# %% ../nbs/01_jobs.ipynb #3992ae5e
-ENGINES = dict(local=LocalEngine)
+# %% ../nbs/01_jobs.ipynb #fd6f3a14
+ENGINES = 'local', 'dask'
 
 def make_engine(
-    engine,          # name in `ENGINES`, or an `Engine`, which has workers and a time limit of its own
+    engine,          # 'local', 'dask', a `distributed.Client`, or an `Engine`, which has workers and a time limit of its own
     workers: int,    # number of workers; 0 to run in this process
     timeout: float,  # seconds allowed per attempt, None for no limit
 ) -> Engine:         # not started
@@ -303,9 +304,15 @@ def make_engine(
     if isinstance(engine, Engine):
         if timeout is not None: raise bad_value('timeout', timeout, 'None beside an Engine', 'Give the limit to the engine.')
         return engine
+    if type(engine).__module__.startswith('distributed.'): return _cluster().DaskEngine(None, timeout, engine)
     if engine not in ENGINES: raise bad_value('engine', engine, ENGINES)
-    if engine == 'local' and workers == 0: return InlineEngine(0, timeout)
-    return ENGINES[engine](workers, timeout)
+    if engine == 'dask': return _cluster().DaskEngine(workers, timeout)
+    return InlineEngine(0, timeout) if workers == 0 else LocalEngine(workers, timeout)
+
+def _cluster():
+    "The module for clusters, which is not imported before it is needed"
+    try: return import_module('datatools.cluster')
+    except ImportError as error: raise UsageError(f"engine='dask' needs Dask ({error}). Install it: pip install 'datatools[cluster]'") from error
 
 # %% ../nbs/01_jobs.ipynb #004a80f5
 class Ledger:
@@ -399,7 +406,7 @@ def write(self: Ledger,
         self.synced = time.monotonic()
     return replace(result, value=json.loads(line).get('value'))
 
-# %% ../nbs/01_jobs.ipynb #9012f218
+# %% ../nbs/01_jobs.ipynb #04bdaa48
 class _Job:
     "One run over a series of tasks."
     def __init__(self, function, tasks, engine: Engine, ledger: Ledger, retries: int, in_flight: int):
@@ -407,10 +414,14 @@ class _Job:
         self.retries, self.in_flight = retries, in_flight
         self.seen, self.order, self.ready, self.running = set(), deque(), {}, {}
 
+    def room(self) -> int:
+        "How many tasks may be under way: a cluster can grow"
+        return self.in_flight or (1 if isinstance(self.engine, InlineEngine) else 4 * self.engine.workers)
+
     def results(self):
         "Yield the results in the order of the tasks."
         while True:
-            while len(self.order) < self.in_flight and (item := next(self.source, None)) is not None: self.take(Task(*item))
+            while len(self.order) < self.room() and (item := next(self.source, None)) is not None: self.take(Task(*item))
             if not self.order: return
             if self.running: self.collect(block=self.order[0] not in self.ready)
             if self.order[0] in self.ready: yield self.ready.pop(self.order.popleft())
@@ -439,7 +450,7 @@ class _Job:
             result = TaskResult(key, outcome.value, error, attempt, outcome.seconds)
             self.ready[key] = self.ledger.write(result) if self.ledger else result
 
-# %% ../nbs/01_jobs.ipynb #14eff698
+# %% ../nbs/01_jobs.ipynb #b363bdc1
 def run_tasks(
     function,                   # importable function, called with the arguments of each task
     tasks,                      # iterable, perhaps endless, of `Task` or (key, arguments)
@@ -451,14 +462,13 @@ def run_tasks(
     ledger_config = None,       # all that decides the values, any JSON; a ledger of another one is refused
     show_progress: bool = False,# bar on the error stream; None for one if that is a terminal
     description: str = '',      # label of the bar
-    engine = 'local',           # a name in `ENGINES`, or an `Engine`
+    engine = 'local',           # 'local', 'dask', a `distributed.Client`, or an `Engine`
     in_flight: int = None,      # tasks taken but not yet yielded; default 4 per worker
 ):                              # iterator of `TaskResult`, in the order of the tasks
     "Run a function over many tasks; crashes, timeouts and exceptions become results with an `error`."
     if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0: raise bad_value('retries', retries, 'an integer, 0 or more')
     engine = make_engine(engine, workers, timeout)
-    if in_flight is None: in_flight = 1 if isinstance(engine, InlineEngine) else 4 * engine.workers
-    if in_flight < 1: raise bad_value('in_flight', in_flight, '1 or more')
+    if in_flight is not None and in_flight < 1: raise bad_value('in_flight', in_flight, '1 or more')
     if not isinstance(engine, InlineEngine): _check_importable(function)
     total = len(tasks) if hasattr(tasks, '__len__') else None
     book = None if ledger is None else Ledger(ledger, ledger_config)
