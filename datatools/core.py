@@ -296,7 +296,12 @@ class Manifest:
         return cls(directory, fields)
 
     def __getitem__(self, key: str): return self.fields[key]
-    def get(self, key: str, default=None): return self.fields.get(key, default)
+    def get(self,
+        key: str,      # of a field
+        default=None,  # where there is no such field
+    ):                 # its value, as JSON gives it
+        "The value of a field."
+        return self.fields.get(key, default)
     def __repr__(self): return f'Manifest({str(self.directory)!r}, format={self["format"]!r}, complete={self["complete"]})'
 
 # %% ../nbs/00_core.ipynb #5b26ff63

@@ -78,7 +78,7 @@ def _hashed(x, key):
 
 @njit(cache=True, nogil=True)
 def permuted(begin, size, keys, out):
-    "Where the numbers `begin`, `begin + 1`, … go in a permutation of 0 … `size - 1`; `keys` (4,) uint64"
+    "Where the numbers `begin`, `begin + 1`, … go in a permutation of 0 … `size - 1`, into `out`; `keys` (4,) uint64"
     low = np.uint64(max(16, np.ceil(np.sqrt(size))))
     high, bits, none = np.uint64(max(16, (size + low - 1) // low)), np.uint64(32), np.uint64(0)
     first, second = np.uint64(begin) % low, np.uint64(begin) // low  # the two digits, counted on: a division a row would cost more than all else
@@ -98,7 +98,7 @@ def permuted(begin, size, keys, out):
 # %% ../../nbs/pool/34_order.ipynb #81169465
 def make_deck(
     rounds:int,             # R
-    rng:np.random.Generator,
+    rng:np.random.Generator,  # decides all of them
 ) -> np.ndarray:            # (cards, R) uint16 or uint32; cards is a power of two, every line a permutation
     "Random permutations of the numbers of the rounds"
     cards = 1 << min(12, max(4, ((1 << 18) // rounds).bit_length() - 1))
@@ -106,8 +106,8 @@ def make_deck(
 
 
 @njit(cache=True, nogil=True, inline='always')
-def dealt(stretch, key, deck, number):
-    "Which row of a stretch, 0 … R - 1, round `number` takes; `key` uint64 belongs to the shard"
+def dealt(stretch, key, deck, number):  # a row of the stretch
+    "Which row of the `stretch` with this number, 0 … R - 1, round `number` takes out of `deck`; `key` uint64 belongs to the shard"
     return deck[_hashed(np.uint64(stretch), key) & np.uint64(len(deck) - 1), number]
 
 # %% ../../nbs/pool/34_order.ipynb #ccaa28fa
@@ -133,7 +133,11 @@ class EpochPlan:
         self.counts = _counts_of_rounds(tuple(self.from_directory.tolist()), self.rounds)  # (rounds + 1, directories)
         self._divide_shards()
 
-    def rng(self, *path): return rng_for(self.seed, 'pool', self.epoch, *path)
+    def rng(self,
+        *path,  # names and numbers: what is to be decided
+    ):          # `np.random.Generator`
+        "Random numbers of this epoch for one purpose"
+        return rng_for(self.seed, 'pool', self.epoch, *path)
 
 # %% ../../nbs/pool/34_order.ipynb #63e1f8b4
 def _rows_by_directory(have, weights, examples):
@@ -204,7 +208,7 @@ def _rest_of(self:EpochPlan, d):
 @patch
 def rest_of_round(self:EpochPlan,
     number:int,     # of the round
-    directory:int,
+    directory:int,  # number of the directory
 ) -> np.ndarray:    # (n, 2) int64: shard and row, by shard
     "The left over rows that a round has"
     mine = self.directory == directory
@@ -242,12 +246,14 @@ class Share:
     batch:int        # rows of a batch
     start:int=0      # where in the epoch the dealing begins
     ranks:int=1      # processes that train
-    rank:int=0
+    rank:int=0       # which of them
     workers:int=1    # processes that load for each of them
-    worker:int=0
+    worker:int=0     # which of them
 
     @property
-    def width(self): return self.batch * self.ranks
+    def width(self):
+        "Rows that all ranks together take at a time"
+        return self.batch * self.ranks
 
     @property
     def groups(self):
@@ -256,7 +262,9 @@ class Share:
         return groups - (0 < rest < self.ranks and groups > 0 and self.batch > 1)
 
     @property
-    def is_everything(self): return self.ranks == self.workers == 1
+    def is_everything(self):
+        "Is there one process for all of the stream?"
+        return self.ranks == self.workers == 1
 
     def tail(self):
         "Begin and end of the last batch of this rank"
