@@ -6,7 +6,7 @@
 __all__ = ['ClickError', 'HELP', 'SHORT', 'Workers', 'Seed', 'Resume', 'Progress', 'Json', 'Output', 'OutputDir', 'Device',
            'say_error', 'clear_errors', 'Group', 'shared', 'existing', 'echo', 'show', 'for_people']
 
-# %% ../nbs/04_console.ipynb #d7964ce5
+# %% ../nbs/04_console.ipynb #d9f80657
 import json
 import os
 import re
@@ -17,7 +17,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .core import DatatoolsError, UsageError, bad_value, human_bytes
+from .core import DatatoolsError, UsageError, bad_value, closest, human_bytes
 
 # %% ../nbs/04_console.ipynb #de7c1fae
 def say_error(
@@ -54,14 +54,14 @@ def _option(name):
     "What a parameter is called on the command line"
     return name if name.isupper() else f'--{name.replace("_", "-")}'
 
-# %% ../nbs/04_console.ipynb #0b9d90b6
+# %% ../nbs/04_console.ipynb #df5fe70a
 _, _, ClickError, *_ = typer.BadParameter.__mro__  # Typer brings a Click of its own, or uses the one that is installed
 
 
 def _usage(error):
     "What was typed wrongly, and what to do about it, in one line"
-    near = getattr(error, 'possibilities', None)
-    message = ' '.join((f'{error.message.rstrip(".")}. Did you mean {" or ".join(sorted(near))}?' if near else error.format_message()).split())
+    near = closest(getattr(error, 'option_name', ''), getattr(error, 'possibilities', None) or ())
+    message = ' '.join((f'{error.message.rstrip(".")}. Did you mean {near}?' if near else error.format_message()).replace('Value error, ', '').split())
     if not message.endswith(('.', '?')): message += '.'
     return f'Error: {message} See {error.ctx.command_path} --help.' if getattr(error, 'ctx', None) else f'Error: {message}'
 

@@ -201,8 +201,8 @@ def save_plot(report, path):
     figure = report.plot()
     getattr(figure, 'figure', figure).savefig(path, bbox_inches='tight')
 
-# %% ../../nbs/pool/39_main.ipynb #18044a95
-Network = Annotated[str, typer.Option(help="Channels and blocks of the network: '16x2', '32x4', '64x6', …")]
+# %% ../../nbs/pool/39_main.ipynb #b8be6aa2
+Network = Annotated[str, typer.Option(help="Channels and blocks of the network, such as '16x2', '32x4' or '64x6'.")]
 Epochs = Annotated[int, typer.Option(help='Passes over the data.')]
 Fraction = Annotated[float, typer.Option('--validation-fraction', help='Share of the positions of every directory that is put aside; whole shards and whole games.')]
 Examples = Annotated[Optional[int], typer.Option('--max-examples', help='Positions of an epoch. [default: all]')]
