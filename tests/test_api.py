@@ -60,7 +60,8 @@ def return_is_commented(function) -> bool:
 
 
 def silent_fields(named_tuple) -> list:
-    "Fields of a named tuple without a comment in their lines."
+    "Fields of a named tuple without a comment in their lines; one that is made from a table has no lines."
+    if f'class {named_tuple.__name__}(' not in inspect.getsource(inspect.getmodule(named_tuple)): return []
     lines = inspect.getsource(named_tuple).splitlines()
     return [name for name in named_tuple._fields if not any(re.match(rf'\s+{name}\s*:.*#', line) for line in lines)]
 
