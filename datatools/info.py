@@ -6,10 +6,9 @@
 __all__ = ['FORMATS', 'ARRAYS', 'LAYOUTS', 'YAML', 'MOST_INSIDE', 'MOST_NAMED', 'KNOWN', 'app', 'recognise', 'Finding',
            'describe', 'info_command']
 
-# %% ../nbs/91_info.ipynb #1c813662
+# %% ../nbs/91_info.ipynb #1c65b44d
 import html
 import json
-import os
 import struct
 import zipfile
 from dataclasses import asdict, dataclass, field

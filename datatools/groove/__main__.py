@@ -222,7 +222,7 @@ def eval_command(
         figures = trained.evaluate(chain([first], performances))
         show(dict(figures, skipped=skipped), as_json)
 
-# %% ../../nbs/groove/19_main.ipynb #66aa92ae
+# %% ../../nbs/groove/19_main.ipynb #364de546
 @app.command('info')
 def info_command(
     model:Model,
@@ -250,7 +250,7 @@ def model_stats(model, most=8):
     return dict(onsets=int(drums.sum()), simultaneous_share=together, orders=orders,
         drums={names[drum]: round(drums[drum] / total, 5) for drum in np.argsort(-drums, kind='stable') if drums[drum]})
 
-
+# %% ../../nbs/groove/19_main.ipynb #51469da5
 @app.command('verify')
 def verify_command(model:Model, as_json:Json = False):
     "Read all of a model and compare its checksums."

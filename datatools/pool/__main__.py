@@ -95,7 +95,7 @@ def convert_command(
         made = convert(inputs, output_dir, workers, resume, rows_per_shard, board_size, soft_policy, group_by_game, game_ids.value, show=show_progress)
         show(facts_of(made), as_json)
 
-# %% ../../nbs/pool/39_main.ipynb #0577f467
+# %% ../../nbs/pool/39_main.ipynb #839e6dc6
 @app.command('info')
 @app.command('inspect', hidden=True)  # its name in earlier releases
 def info_command(
@@ -131,7 +131,7 @@ def record_of(
     record = shard.read(row - shard.offset, row - shard.offset + 1)[0]
     return ', '.join(f'{name}={record[name].tolist()}' for name in directory.dtype.names if not name.startswith('_'))
 
-
+# %% ../../nbs/pool/39_main.ipynb #eeb60537
 def _verdict(directory, show_progress):
     "Whether a directory is sound, and what is wrong with it"
     try: directory.verify(show=show_progress)
