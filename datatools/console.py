@@ -139,7 +139,7 @@ def echo(
     except UnicodeEncodeError: text = text.encode(encoding, 'backslashreplace').decode(encoding)
     typer.echo(text, err=err)
 
-# %% ../nbs/04_console.ipynb #c51ff139
+# %% ../nbs/04_console.ipynb #b3c754c0
 def show(
     facts:dict,    # to be printed
     as_json:bool,  # for machines, or for people
@@ -157,7 +157,7 @@ def for_people(
 )->str:
     "A value as people read it"
     if isinstance(value, bool): return str(value)
-    if isinstance(value, dict): return ', '.join(f'{str(key).replace("_", " ")} {for_people(each, str(key))}' for key, each in value.items()) or 'none'
+    if isinstance(value, dict): return ', '.join(f'{key} {for_people(each, str(key))}' for key, each in value.items()) or 'none'
     if isinstance(value, (list, tuple)): return ', '.join(map(for_people, value)) or 'none'
     if isinstance(value, float): return f'{value:,.4g}' if abs(value) < 1e4 else f'{value:,.0f}'
     if isinstance(value, int): return human_bytes(value) if 'bytes' in name else f'{value:,}'
