@@ -21,6 +21,7 @@ from typing import Annotated, List, Optional
 
 import numpy as np
 import typer
+from fastcore.imports import in_notebook
 
 from .. import console
 from ..console import Json, Output, Progress, Resume, Seed, existing, shared, show
@@ -287,4 +288,4 @@ def export_command(
 
 # %% ../../nbs/groove/19_main.ipynb #810fbab1
 #| eval: false
-if __name__ == '__main__': app(prog_name='python -m datatools.groove')
+if __name__ == '__main__' and not in_notebook(): app(prog_name='python -m datatools.groove')

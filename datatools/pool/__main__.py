@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, List, Optional
 
 import typer
+from fastcore.imports import in_notebook
 
 from ..console import Device, Group, Json, OutputDir, Progress, Resume, Seed, Workers, clear_errors, existing, shared, show
 from ..core import FormatError, UsageError
@@ -306,4 +307,4 @@ def _value(text):
 
 # %% ../../nbs/pool/39_main.ipynb #efdb7d02
 #| eval: false
-if __name__ == '__main__': app(prog_name='python -m datatools.pool')
+if __name__ == '__main__' and not in_notebook(): app(prog_name='python -m datatools.pool')

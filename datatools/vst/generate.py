@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 from fastcore.basics import patch
+from fastcore.imports import in_notebook
 
 from ..core import DatatoolsError, FormatError, Manifest, bad_value, clean_temporaries, config_hash, file_lock, hash_file, progress, read_json, rng_for, write_json
 from ..jobs import Task, run_tasks
@@ -473,6 +474,6 @@ def estimate(
 
 # %% ../../nbs/vst/47_generate.ipynb #09821374
 #| eval: false
-if __name__ == '__main__':
+if __name__ == '__main__' and not in_notebook():
     from datatools.vst.__main__ import app
     app(['generate', *sys.argv[1:]], prog_name='python -m datatools.vst')
