@@ -411,7 +411,7 @@ def progress(
     iterable=None,      # what to step through; None for a bar that is moved by `update`
     total: int = None,  # number of steps where `iterable` has no length
     desc: str = '',     # label
-    show: bool = True,  # False for no bar, None for one only if the error stream is a terminal
+    show: bool = True,  # False for no bar, None for one only in a terminal or a notebook
     unit: str = 'it',   # what is counted
 ):                      # iterable and context manager, as tqdm
     "A progress bar on the error stream, or as a widget in a notebook."
