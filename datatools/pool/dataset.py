@@ -265,22 +265,22 @@ class _Watch:
         try: self.meter.check('the pool was read')
         except MemoryLimitError as error: raise PoolMemoryError(str(error), error.report, self.dataset._state()) from None
 
-# %% ../../nbs/pool/35_dataset.ipynb #1d9455a9
+# %% ../../nbs/pool/35_dataset.ipynb #68631a2d
 @patch
 def raw_batches(self:StreamingMixedShardDataset):
     "The records as they are: structured arrays (B,), without symmetries; the fastest way"
     start = int(self._shared[START])
     for group, (begin, end, rows) in enumerate(self._walk()):
         self._advance(group if self.batch_size or self.world_size > 1 else end - start - 1, start)
-        yield rows.view(np.uint8).reshape(-1).view(self.codec.dtype)
+        yield rows.view(self.codec.dtype)
     self._rewind()
 
 @patch
 def provenance(self:StreamingMixedShardDataset):
     "Where every row of the stream comes from, without reading it: arrays (B, 2) int64, index into `shards` and row"
     for begin, end, rows in self._walk(numbers_only=True):
-        words = rows[:, 0].astype(np.int64)
-        yield np.stack([words >> 40, words & (1 << 40) - 1], 1)
+        numbers = rows.astype(np.int64)
+        yield np.stack([numbers >> 40, numbers & (1 << 40) - 1], 1)
 
 @patch
 def _decoded(self:StreamingMixedShardDataset):
@@ -289,7 +289,7 @@ def _decoded(self:StreamingMixedShardDataset):
     symmetries = self.codec.symmetries if self.enable_augmentation else 1
     key = np.uint64(rng_for(self.seed, 'pool', self.epoch, 'symmetry').integers(2**63))
     for group, (begin, end, rows) in enumerate(self._walk()):
-        records = rows.view(np.uint8).reshape(-1).view(self.codec.dtype)
+        records = rows.view(self.codec.dtype)
         decoded = self.codec.decode(records, _symmetries_of(begin, end - begin, key, symmetries) if symmetries > 1 else None)
         if self.batch_size:
             self._advance(group, start)

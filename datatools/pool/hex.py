@@ -237,7 +237,7 @@ class HexCodec(RecordCodec):
 
 CODECS['hex'] = lambda facts: HexCodec(facts['board_size'], facts['soft_policy'])
 
-# %% ../../nbs/pool/31_hex.ipynb #12998a3f
+# %% ../../nbs/pool/31_hex.ipynb #a7707b72
 def _checked_symmetry(symmetry, rows):
     "A symmetry for every row as uint8"
     if symmetry is None: return np.zeros(rows, np.uint8)
@@ -248,13 +248,12 @@ def _checked_symmetry(symmetry, rows):
     return values.astype(np.uint8, copy=False)
 
 
-def _target(out, name, shape, dtype=torch.float32):
+def _target(out, name, shape, dtype=np.float32):
     "A tensor to write into, and its numbers as a flat array: what the caller gave, or a new one"
     if out is None or name not in out:
-        tensor = torch.empty(shape, dtype=dtype)
-        return tensor, tensor.numpy().reshape(-1)
-    array = out[name].numpy() if isinstance(out[name], torch.Tensor) else out[name]
-    expected = np.dtype('int64' if dtype == torch.int64 else 'float32')
+        array = np.empty(shape, dtype)
+        return torch.from_numpy(array), array.reshape(-1)
+    array, expected = out[name].numpy() if isinstance(out[name], torch.Tensor) else out[name], np.dtype(dtype)
     if array.shape != tuple(shape) or array.dtype != expected or not array.flags.c_contiguous or not array.flags.writeable:
         raise bad_value(f'out[{name!r}]', f'{array.dtype}{array.shape}', f'{expected}{tuple(shape)}, contiguous and writable')
     return out[name], array.reshape(-1)
@@ -285,7 +284,7 @@ def _move_policy(policy, moved, symmetry, out):
     for row in range(rows):
         for cell in range(cells): out[row*cells + moved[symmetry[row], cell]] = policy[row, cell]
 
-# %% ../../nbs/pool/31_hex.ipynb #c1490252
+# %% ../../nbs/pool/31_hex.ipynb #d844d2c9
 @patch
 def decode(self: HexCodec,
     records,          # (B,) records of this codec
@@ -298,7 +297,7 @@ def decode(self: HexCodec,
     board, planes = _target(out, 'board', (rows, 3, size, size))
     value, winner = _target(out, 'value', (rows, 1))
     dense = self.policy == 'dense'
-    policy, cells = _target(out, 'policy', (rows, self.cells)) if dense else _target(out, 'policy', (rows,), torch.int64)
+    policy, cells = _target(out, 'policy', (rows, self.cells)) if dense else _target(out, 'policy', (rows,), np.int64)
     room = planes if size > 3 else np.empty(planes.size + 16, np.float32)  # the last vector of a tiny board ends behind it
     _decode(records.view(np.uint8), self.dtype.itemsize, *self._places, size, self._step, self._offset, self._shift, self._moved, symmetry,
             room, cells if dense and not self.soft_policy else _NOTHING, winner)
