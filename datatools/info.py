@@ -141,8 +141,8 @@ MOST_NAMED = 20
 @patch
 def _repr_html_(self:Finding):
     "The same as a table"
-    colour = dict(whole='green', unfinished='darkorange', damaged='red')[self.state]
-    rows = [('state', f'<b style="color:{colour}">{self.state}</b>'), *(('' , html.escape(each)) for each in [*self.damaged, *self.unfinished][:MOST_NAMED]), ('size', human_bytes(self.bytes)),
+    colour = dict(whole='success-color1, green', unfinished='warn-color1, darkorange', damaged='error-color1, red')[self.state]  # of the theme, in JupyterLab
+    rows = [('state', f'<b style="color:var(--jp-{colour})">{self.state}</b>'), *(('' , html.escape(each)) for each in [*self.damaged, *self.unfinished][:MOST_NAMED]), ('size', human_bytes(self.bytes)),
         *((html.escape(name.replace('_', ' ')), html.escape(for_people(value, name))) for name, value in self.facts.items() if name != 'path'),
         *((title, f'<pre>{html.escape(text)}</pre>') for title, text in (('read', self.read), ('go on', self.resume)) if text)]
     body = ''.join(f'<tr><th style="text-align:left">{name}</th><td style="text-align:left">{value}</td></tr>' for name, value in rows)
