@@ -139,7 +139,7 @@ def echo(
     except UnicodeEncodeError: text = text.encode(encoding, 'backslashreplace').decode(encoding)
     typer.echo(text, err=err)
 
-# %% ../nbs/04_console.ipynb #b3c754c0
+# %% ../nbs/04_console.ipynb #142a00dc
 def show(
     facts:dict,    # to be printed
     as_json:bool,  # for machines, or for people
@@ -147,7 +147,8 @@ def show(
     "Print a result; names that are not file names get spaces"
     if as_json:
         text = json.dumps(facts, indent=1, ensure_ascii=False)
-        return echo(text if _is_text(text) else json.dumps(facts, indent=1))  # JSON has an escape of its own
+        echo(text if _is_text(text) else json.dumps(facts, indent=1))  # JSON has an escape of its own
+        return
     for name, value in facts.items(): echo(f'{name if "." in name else name.replace("_", " "):32} {for_people(value, name)}')
 
 

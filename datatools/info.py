@@ -101,7 +101,7 @@ def _yaml_kind(path):
     text = '\n' + path.read_bytes()[:1 << 20].decode('utf-8', 'replace')
     return next((('vst', kind) for key, kind in YAML if f'\n{key}' in text), None)
 
-# %% ../nbs/91_info.ipynb #e8d7ab68
+# %% ../nbs/91_info.ipynb #0835e7fd
 @dataclass
 class Finding:
     "What a file or directory is, and what can be done with it"
@@ -121,7 +121,9 @@ class Finding:
         return 'damaged' if self.damaged else 'unfinished' if self.unfinished else 'whole'
 
     @property
-    def whole(self)->bool: return self.state == 'whole'
+    def whole(self)->bool:
+        "Is nothing missing and nothing damaged?"
+        return self.state == 'whole'
 
     def as_dict(self)->dict:  # JSON
         "All of it, the state included"
@@ -137,7 +139,7 @@ class Finding:
 
 MOST_NAMED = 20
 
-# %% ../nbs/91_info.ipynb #06e09034
+# %% ../nbs/91_info.ipynb #409f55f7
 @patch
 def _repr_html_(self:Finding):
     "The same as a table"

@@ -17,13 +17,13 @@ from fastcore.basics import patch
 from ..core import FormatError, MismatchError
 from .order import EpochPlan, Share, _hashed, dealt, next_directories, permuted
 
-# %% ../../nbs/pool/34_buffer.ipynb #773ec4fc
+# %% ../../nbs/pool/34_buffer.ipynb #4f121762
 WINDOW, MAPS = 1 << 20, 1000  # bytes that are given back at a time; shards that stay mapped
 
 
 def as_bytes(
     itemsize:int,  # bytes of a record
-) -> np.dtype:
+) -> np.dtype:     # with one field, bytes
     "A record as nothing but bytes, which compiled code copies in one go: twice as fast as word by word"
     return np.dtype([('bytes', 'u1', (itemsize,))])
 

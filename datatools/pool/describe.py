@@ -16,7 +16,7 @@ from ..core import FormatError, Manifest, MismatchError, read_json
 from .codecs import codec_from_facts
 from .shards import FORMAT, KIND, PACKED_FORMAT, PACKED_SUFFIX, VERSION, ShardDirectory, decompress_directory, shard_files
 
-# %% ../../nbs/pool/38_describe.ipynb #56aa5d18
+# %% ../../nbs/pool/38_describe.ipynb #83ace061
 def holds_shards(
     path,    # a path
 )->bool:
@@ -38,8 +38,8 @@ def shard_directories(
 
 
 def facts_of(
-    directory:ShardDirectory,
-) -> dict:
+    directory:ShardDirectory,  # opened
+) -> dict:                     # name of a fact -> number or text
     "What there is to know without reading any record"
     games = [shard.game_count for shard in directory.shards]
     return dict(path=str(directory.path), records=len(directory), shards=len(directory.shards), record_bytes=directory.dtype.itemsize,
