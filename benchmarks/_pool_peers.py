@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler, default_collate
 
 from benchmarks._harness import machine, say
 from benchmarks._peers import _spare_mosaic
@@ -71,6 +71,19 @@ def encode(batch):
 def gathered(rows): return np.frombuffer(b''.join(rows), RECORD)  # of a list of bytes
 
 
+def decode_item(record):
+    "The bytes of a record as tensors, as one writes it in the `__getitem__` of a data set"
+    packed, board, policy = np.frombuffer(record, np.uint8), np.empty((3, CELLS), np.float32), np.zeros(CELLS, np.float32)
+    board[:2] = np.unpackbits(packed[:44].reshape(2, 22), axis=1, count=CELLS, bitorder='little')
+    board[2] = packed[45] & 1
+    if packed[44] != 255: policy[packed[44]] = 1
+    value = np.array([packed[45] >> 1 & 1], np.float32)
+    return dict(board=torch.from_numpy(board.reshape(3, SIZE, SIZE)), policy=torch.from_numpy(policy), value=torch.from_numpy(value))
+
+
+def stacked_items(rows): return default_collate([decode_item(row) for row in rows])
+
+
 class Reader:
     "What is common: a folder, and another order in each epoch"
     needs = []
@@ -84,11 +97,21 @@ class Reader:
     def dense(self): return map(decode, self.raw())
 
 
+class ItemReader(Reader):
+    "One that gives items and is told how a list of them becomes a batch: `dense` decodes whole batches at once, `items` item by item"
+    collate = staticmethod(gathered)
+
+    def items(self):
+        self.collate = stacked_items
+        try: yield from self.raw()
+        finally: self.collate = gathered
+
+
 # ---------------------------------------------------------------- peers
 
 class ListOfDicts(Reader):
     "Dicts of arrays in a list, refilled from pickles when three quarters are left, and shuffled then; `raw` gives lists of dicts"
-    name, rows = 'list-of-dicts pool', 8192  # in a file
+    name, rows, most = 'list-of-dicts pool', 8192, 100_000  # in a file; records that it can be asked to turn over in a benchmark
 
     @classmethod
     def write(cls, folder, records):
@@ -117,6 +140,16 @@ class ListOfDicts(Reader):
 
     def dense(self): return map(self.stacked, self.raw())
 
+    def items(self):
+        for examples in self.raw(): yield default_collate([self.tensors(each) for each in examples])
+
+    @staticmethod
+    def tensors(example):
+        "An example as a data set of single ones yields it"
+        board = np.concatenate([example['board'], np.full((1, SIZE, SIZE), example['player_to_move'], np.float32)])
+        policy = NONE if example['policy'] is None else example['policy']
+        return dict(board=torch.from_numpy(board), policy=torch.from_numpy(policy), value=torch.tensor([example['value']], dtype=torch.float32))
+
     @staticmethod
     def stacked(examples):
         board = np.empty((len(examples), 3, SIZE, SIZE), np.float32)
@@ -130,7 +163,7 @@ class ListOfDicts(Reader):
 NONE = np.zeros(CELLS, np.float32)
 
 
-class LitData(Reader):
+class LitData(ItemReader):
     "An item is a record, as bytes: twice as fast as blocks of 48 tokens"
     name, needs = 'LitData', ['litdata']
 
@@ -146,12 +179,12 @@ class LitData(Reader):
         super().__init__(folder, batch, seed)
         from litdata import StreamingDataLoader, StreamingDataset
         dataset = StreamingDataset(str(folder), shuffle=True, seed=seed, drop_last=False)
-        self.loader = StreamingDataLoader(dataset, batch_size=batch, num_workers=0, collate_fn=gathered)
+        self.loader = StreamingDataLoader(dataset, batch_size=batch, num_workers=0, collate_fn=lambda rows: self.collate(rows))
 
     def batches(self, seed): return self.loader
 
 
-class MDS(Reader):
+class MDS(ItemReader):
     "A column of bytes"
     name, needs = 'MosaicML streaming', ['streaming']
 
@@ -165,12 +198,12 @@ class MDS(Reader):
         super().__init__(folder, batch, seed)
         from streaming import StreamingDataset
         dataset = StreamingDataset(local=str(folder), shuffle=True, batch_size=batch, shuffle_seed=seed)
-        self.loader = DataLoader(dataset, batch, collate_fn=lambda rows: gathered([row['record'] for row in rows]))
+        self.loader = DataLoader(dataset, batch, collate_fn=lambda rows: self.collate([row['record'] for row in rows]))
 
     def batches(self, seed): return self.loader
 
 
-class WebDataset(Reader):
+class WebDataset(ItemReader):
     "A file of 48 bytes per record in tar files, read in order through a buffer of twenty batches"
     name, needs = 'WebDataset', ['webdataset']
 
@@ -184,7 +217,7 @@ class WebDataset(Reader):
         import webdataset
         tars = sorted(map(str, self.folder.glob('*.tar')))
         stream = webdataset.WebDataset(tars, shardshuffle=len(tars), seed=seed).shuffle(20 * self.batch, initial=20 * self.batch, rng=random.Random(seed))
-        return stream.map(lambda item: item['bin']).batched(self.batch, collation_fn=gathered)
+        return stream.map(lambda item: item['bin']).batched(self.batch, collation_fn=lambda rows: self.collate(rows))
 
 
 class HuggingFace(Reader):
@@ -230,7 +263,7 @@ class Rows:
     def __getitem__(self, k): return self.bytes[48 * k:48 * k + 48]
 
 
-class TorchData(Mapped):
+class TorchData(Mapped, ItemReader):
     "Nodes: sampler, rows of a mapped file, batches, collation"
     name, needs = 'torchdata nodes', ['torchdata.nodes']
 
@@ -239,16 +272,16 @@ class TorchData(Mapped):
         rows = Rows(self.records)
         sampler = RandomSampler(rows, generator=torch.Generator().manual_seed(seed))
         batches = nodes.Batcher(nodes.MapStyleWrapper(rows, nodes.SamplerWrapper(sampler)), self.batch, drop_last=False)
-        return nodes.Loader(nodes.Mapper(batches, gathered), restart_on_stop_iteration=False)
+        return nodes.Loader(nodes.Mapper(batches, self.collate), restart_on_stop_iteration=False)
 
 
-class Grain(Mapped):
+class Grain(Mapped, ItemReader):
     "Rows of a mapped file, shuffled by index, in batches; without threads, which cost more than they hide here"
     name, needs = 'Grain', ['grain']
 
     def batches(self, seed):
         import grain
-        rows = grain.MapDataset.source(Rows(self.records)).shuffle(seed).batch(self.batch, batch_fn=gathered)
+        rows = grain.MapDataset.source(Rows(self.records)).shuffle(seed).batch(self.batch, batch_fn=self.collate)
         return rows.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
 
 
@@ -277,7 +310,8 @@ def check_epoch(reader, records):
     "An epoch of each kind, in which every row must come exactly once; RuntimeError otherwise"
     bare = records.copy()
     bare['ply'] = bare['source'] = 0
-    for kind, should in (('raw', records), ('dense', bare)):
+    for kind, should in (('raw', records), ('dense', bare), ('items', bare)):
+        if not hasattr(reader, kind): continue
         found = []
         for batch in getattr(reader, kind)():
             if isinstance(batch, list): batch = encode(reader.stacked(batch))  # of dicts
@@ -296,7 +330,7 @@ def consume(batches):
 
 
 def measured(name, count, batch):
-    "Rows per processor second, raw and dense, and bytes on disk per row; or why there is nothing to measure"
+    "Rows per processor second, raw, dense and item by item, and bytes on disk per row; or why there is nothing to measure"
     warnings.simplefilter('ignore')  # of peers about arrays that are not writeable
     torch.set_num_threads(1)
     try: import_peer(name)
@@ -307,21 +341,20 @@ def measured(name, count, batch):
         disk = sum(each.stat().st_size for each in Path(folder).rglob('*') if each.is_file()) / count
         reader = PEERS[name](folder, batch)
         check_epoch(reader, records)
-        for kind in ('raw', 'dense'):
+        for kind in ('raw', 'dense', 'items'):
             begin = time.process_time()
-            consume(getattr(reader, kind)())
-            rates.append(count / (time.process_time() - begin))
+            rates.append(consume(getattr(reader, kind)()) / (time.process_time() - begin) if hasattr(reader, kind) else float('nan'))
     return *rates, disk
 
 
 def main(count=100 * 1024, batch=1024):
     facts = machine()
     say(f'{facts["cpu"]}, {facts["cores"]} cores, load {facts["load"]}: {count:,} records, batches of {batch:,}')
-    print(f'{"rows per processor second":28}{"raw":>12}{"dense":>12}{"on disk":>17}')
+    print(f'{"rows per processor second":28}{"raw":>12}{"dense":>12}{"items":>12}{"on disk":>17}')
     for name in PEERS:  # each in a process of its own: what one imports or stands in for does not disturb the others
         with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as process: found = process.submit(measured, name, count, batch).result()
         if isinstance(found, str): print(f'left out: {name}: {found}', flush=True)
-        else: print(f'{name:28}{found[0]:12,.0f}{found[1]:12,.0f}{found[2]:10,.1f} B/row', flush=True)
+        else: print(f'{name:28}{found[0]:12,.0f}{found[1]:12,.0f}{found[2]:12,.0f}{found[3]:10,.1f} B/row', flush=True)
 
 
 if __name__ == '__main__': main()

@@ -62,7 +62,9 @@ class _Column:
 # %% ../nbs/03_arrays.ipynb #08ae19a8
 class ArrayWriter:
     "The arrays of a file being written: `append` blocks to any of them in any order"
-    def __init__(self, directory): self._directory, self._columns = directory, {}
+    def __init__(self,
+        directory,  # where the arrays grow, in files without a name
+    ): self._directory, self._columns = directory, {}
 
     def append(self,
         name:str,  # of the array
@@ -92,6 +94,7 @@ class ArrayWriter:
         file.write(HEAD.pack(MAGIC, VERSION, zlib.crc32(footer), offset, len(footer)))
 
     def close(self):
+        "Give the disk space back"
         for column in self._columns.values(): column.file.close()
 
 # %% ../nbs/03_arrays.ipynb #e1400d77

@@ -6,7 +6,7 @@
 __all__ = ['ClickError', 'HELP', 'SHORT', 'Workers', 'Seed', 'Resume', 'Progress', 'Json', 'Output', 'OutputDir', 'Device',
            'say_error', 'clear_errors', 'Group', 'shared', 'existing', 'echo', 'show', 'for_people']
 
-# %% ../nbs/04_console.ipynb #d7964ce5
+# %% ../nbs/04_console.ipynb #d9f80657
 import json
 import os
 import re
@@ -17,7 +17,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .core import DatatoolsError, UsageError, bad_value, human_bytes
+from .core import DatatoolsError, UsageError, bad_value, closest, human_bytes
 
 # %% ../nbs/04_console.ipynb #de7c1fae
 def say_error(
@@ -54,14 +54,14 @@ def _option(name):
     "What a parameter is called on the command line"
     return name if name.isupper() else f'--{name.replace("_", "-")}'
 
-# %% ../nbs/04_console.ipynb #0b9d90b6
+# %% ../nbs/04_console.ipynb #df5fe70a
 _, _, ClickError, *_ = typer.BadParameter.__mro__  # Typer brings a Click of its own, or uses the one that is installed
 
 
 def _usage(error):
     "What was typed wrongly, and what to do about it, in one line"
-    near = getattr(error, 'possibilities', None)
-    message = ' '.join((f'{error.message.rstrip(".")}. Did you mean {" or ".join(sorted(near))}?' if near else error.format_message()).split())
+    near = closest(getattr(error, 'option_name', ''), getattr(error, 'possibilities', None) or ())
+    message = ' '.join((f'{error.message.rstrip(".")}. Did you mean {near}?' if near else error.format_message()).replace('Value error, ', '').split())
     if not message.endswith(('.', '?')): message += '.'
     return f'Error: {message} See {error.ctx.command_path} --help.' if getattr(error, 'ctx', None) else f'Error: {message}'
 
@@ -139,7 +139,7 @@ def echo(
     except UnicodeEncodeError: text = text.encode(encoding, 'backslashreplace').decode(encoding)
     typer.echo(text, err=err)
 
-# %% ../nbs/04_console.ipynb #c51ff139
+# %% ../nbs/04_console.ipynb #142a00dc
 def show(
     facts:dict,    # to be printed
     as_json:bool,  # for machines, or for people
@@ -147,7 +147,8 @@ def show(
     "Print a result; names that are not file names get spaces"
     if as_json:
         text = json.dumps(facts, indent=1, ensure_ascii=False)
-        return echo(text if _is_text(text) else json.dumps(facts, indent=1))  # JSON has an escape of its own
+        echo(text if _is_text(text) else json.dumps(facts, indent=1))  # JSON has an escape of its own
+        return
     for name, value in facts.items(): echo(f'{name if "." in name else name.replace("_", " "):32} {for_people(value, name)}')
 
 
@@ -157,7 +158,7 @@ def for_people(
 )->str:
     "A value as people read it"
     if isinstance(value, bool): return str(value)
-    if isinstance(value, dict): return ', '.join(f'{str(key).replace("_", " ")} {for_people(each, str(key))}' for key, each in value.items()) or 'none'
+    if isinstance(value, dict): return ', '.join(f'{key} {for_people(each, str(key))}' for key, each in value.items()) or 'none'
     if isinstance(value, (list, tuple)): return ', '.join(map(for_people, value)) or 'none'
     if isinstance(value, float): return f'{value:,.4g}' if abs(value) < 1e4 else f'{value:,.0f}'
     if isinstance(value, int): return human_bytes(value) if 'bytes' in name else f'{value:,}'

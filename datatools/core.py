@@ -296,7 +296,12 @@ class Manifest:
         return cls(directory, fields)
 
     def __getitem__(self, key: str): return self.fields[key]
-    def get(self, key: str, default=None): return self.fields.get(key, default)
+    def get(self,
+        key: str,      # of a field
+        default=None,  # where there is no such field
+    ):                 # its value, as JSON gives it
+        "The value of a field."
+        return self.fields.get(key, default)
     def __repr__(self): return f'Manifest({str(self.directory)!r}, format={self["format"]!r}, complete={self["complete"]})'
 
 # %% ../nbs/00_core.ipynb #5b26ff63
@@ -406,7 +411,7 @@ def progress(
     iterable=None,      # what to step through; None for a bar that is moved by `update`
     total: int = None,  # number of steps where `iterable` has no length
     desc: str = '',     # label
-    show: bool = True,  # False for no bar, None for one only if the error stream is a terminal
+    show: bool = True,  # False for no bar, None for one only in a terminal or a notebook
     unit: str = 'it',   # what is counted
 ):                      # iterable and context manager, as tqdm
     "A progress bar on the error stream, or as a widget in a notebook."

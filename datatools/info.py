@@ -6,10 +6,9 @@
 __all__ = ['FORMATS', 'ARRAYS', 'LAYOUTS', 'YAML', 'MOST_INSIDE', 'MOST_NAMED', 'KNOWN', 'app', 'recognise', 'Finding',
            'describe', 'info_command']
 
-# %% ../nbs/91_info.ipynb #1c813662
+# %% ../nbs/91_info.ipynb #1c65b44d
 import html
 import json
-import os
 import struct
 import zipfile
 from dataclasses import asdict, dataclass, field
@@ -102,7 +101,7 @@ def _yaml_kind(path):
     text = '\n' + path.read_bytes()[:1 << 20].decode('utf-8', 'replace')
     return next((('vst', kind) for key, kind in YAML if f'\n{key}' in text), None)
 
-# %% ../nbs/91_info.ipynb #e8d7ab68
+# %% ../nbs/91_info.ipynb #0835e7fd
 @dataclass
 class Finding:
     "What a file or directory is, and what can be done with it"
@@ -122,7 +121,9 @@ class Finding:
         return 'damaged' if self.damaged else 'unfinished' if self.unfinished else 'whole'
 
     @property
-    def whole(self)->bool: return self.state == 'whole'
+    def whole(self)->bool:
+        "Is nothing missing and nothing damaged?"
+        return self.state == 'whole'
 
     def as_dict(self)->dict:  # JSON
         "All of it, the state included"
@@ -138,12 +139,12 @@ class Finding:
 
 MOST_NAMED = 20
 
-# %% ../nbs/91_info.ipynb #06e09034
+# %% ../nbs/91_info.ipynb #409f55f7
 @patch
 def _repr_html_(self:Finding):
     "The same as a table"
-    colour = dict(whole='green', unfinished='darkorange', damaged='red')[self.state]
-    rows = [('state', f'<b style="color:{colour}">{self.state}</b>'), *(('' , html.escape(each)) for each in [*self.damaged, *self.unfinished][:MOST_NAMED]), ('size', human_bytes(self.bytes)),
+    colour = dict(whole='success-color1, green', unfinished='warn-color1, darkorange', damaged='error-color1, red')[self.state]  # of the theme, in JupyterLab
+    rows = [('state', f'<b style="color:var(--jp-{colour})">{self.state}</b>'), *(('' , html.escape(each)) for each in [*self.damaged, *self.unfinished][:MOST_NAMED]), ('size', human_bytes(self.bytes)),
         *((html.escape(name.replace('_', ' ')), html.escape(for_people(value, name))) for name, value in self.facts.items() if name != 'path'),
         *((title, f'<pre>{html.escape(text)}</pre>') for title, text in (('read', self.read), ('go on', self.resume)) if text)]
     body = ''.join(f'<tr><th style="text-align:left">{name}</th><td style="text-align:left">{value}</td></tr>' for name, value in rows)

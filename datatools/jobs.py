@@ -72,15 +72,18 @@ def call(
 
 class Engine:
     "Where calls are run. Subclasses are made with the number of workers and the time limit in seconds, or None."
-    def __init__(self, workers: int, timeout: float = None): self.workers, self.timeout = workers, timeout
+    def __init__(self,
+        workers: int,           # calls at a time
+        timeout: float = None,  # seconds for one call, None for no limit
+    ): self.workers, self.timeout = workers, timeout
     def start(self): "Get ready for calls."
-    def submit(self, token, function, arguments): "Take one more call, at once; `token` names it."
+    def submit(self, token, function, arguments): "Take one more call, `function` (*`arguments`), at once; `token` names it."
     def collect(self, block: bool) -> list: "The (token, Outcome) of calls that have ended; with `block` at least one."
     def stop(self): "End everything that runs, at once, and give back all resources."
 
 # %% ../nbs/01_jobs.ipynb #cc41a9a4
 class InlineEngine(Engine):
-    "Runs calls one by one in this process (`workers=0`), without protection."
+    "Runs calls one by one in this process (`workers=0`), without protection; so there is no `timeout`."
     def __init__(self, workers: int = 0, timeout: float = None):
         if timeout is not None: raise bad_value('timeout', timeout, 'None with workers=0', 'A call in this process cannot be stopped; use workers=1.')
         super().__init__(1, None)

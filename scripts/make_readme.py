@@ -1,7 +1,7 @@
 """Write README.md and its pictures from nbs/index.ipynb, without Quarto. With --check, only say whether they are in step.
 
 A picture that a cell has saved goes to nbs/images/NAME.png, where `#| label: NAME` gives the name and `#| fig-alt:` the
-words for those who do not see it.
+words for those who do not see it. That folder holds nothing else: what the notebook no longer draws is removed.
 """
 import argparse
 import ast

@@ -1,4 +1,10 @@
-"""Every notebook alone in a fresh process: nbdev_test reuses its workers, so state of one can hide a fault of another."""
+"""Every notebook alone in a fresh process: nbdev_test reuses its workers, so state of one can hide a fault of another.
+
+And every notebook in a kernel, as "Run All Cells" does it in JupyterLab: there a cell can wait for what is asynchronous,
+figures and bars are shown by other code than in a test, `__name__` is `'__main__'`, and no cell is left out, not even those
+with `eval: false` and the closing `nbdev_export()`.
+"""
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -32,3 +38,26 @@ def runs(request):
 def test_notebook_alone(notebook, runs):
     done = runs[notebook].result()
     assert done.returncode == 0, f'{notebook} fails when it runs alone:\n{done.stdout}\n{done.stderr}'
+
+
+@pytest.fixture(scope='module')
+def copy(tmp_path_factory):
+    "A copy of the checkout, which the closing cells may export to, with the data beside it."
+    folder = tmp_path_factory.mktemp('lab') / 'datatools'
+    unwanted = shutil.ignore_patterns('.*', '__pycache__', '_docs', '_proc', 'build', 'dist', 'demo', '*.egg-info')
+    shutil.copytree(ROOT, folder, ignore=unwanted, symlinks=True)
+    if (ROOT.parent / 'shared').is_dir(): (folder.parent / 'shared').symlink_to(ROOT.parent / 'shared')
+    return folder
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize('notebook', NOTEBOOKS)
+def test_run_all_in_a_kernel(notebook, copy, monkeypatch):
+    import nbformat
+    from nbclient import NotebookClient
+    monkeypatch.setenv('JUPYTER_PREFER_ENV_PATH', '1')
+    cells = nbformat.read(copy / notebook, as_version=4)
+    exported = {path: path.read_bytes() for path in (copy / 'datatools').rglob('*.py')}
+    NotebookClient(cells, timeout=600, kernel_name='python3', resources={'metadata': {'path': str((copy / notebook).parent)}}).execute()
+    assert all(cell.execution_count for cell in cells.cells if cell.cell_type == 'code' and cell.source.strip())
+    assert exported == {path: path.read_bytes() for path in (copy / 'datatools').rglob('*.py')}, 'the closing cell exported something else'

@@ -59,6 +59,9 @@ def anchors(path: Path) -> set:
     for name in map(slug, headings):
         found.add(f'{name}-{seen[name]}' if seen[name] else name)
         seen[name] += 1
+    if path.suffix == '.ipynb':  # nbdev gives every public function and class that is exported a heading of its own
+        defined = [node for cell in style.read(path) if cell.exported for node in cell.body]
+        found |= {node.name.lower() for node in defined if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith('_')}
     return found
 
 

@@ -21,6 +21,7 @@ from typing import Annotated, List, Optional
 
 import numpy as np
 import typer
+from fastcore.imports import in_notebook
 
 from .. import console
 from ..console import Json, Output, Progress, Resume, Seed, existing, shared, show
@@ -222,7 +223,7 @@ def eval_command(
         figures = trained.evaluate(chain([first], performances))
         show(dict(figures, skipped=skipped), as_json)
 
-# %% ../../nbs/groove/19_main.ipynb #66aa92ae
+# %% ../../nbs/groove/19_main.ipynb #364de546
 @app.command('info')
 def info_command(
     model:Model,
@@ -250,7 +251,7 @@ def model_stats(model, most=8):
     return dict(onsets=int(drums.sum()), simultaneous_share=together, orders=orders,
         drums={names[drum]: round(drums[drum] / total, 5) for drum in np.argsort(-drums, kind='stable') if drums[drum]})
 
-
+# %% ../../nbs/groove/19_main.ipynb #51469da5
 @app.command('verify')
 def verify_command(model:Model, as_json:Json = False):
     "Read all of a model and compare its checksums."
@@ -287,4 +288,4 @@ def export_command(
 
 # %% ../../nbs/groove/19_main.ipynb #810fbab1
 #| eval: false
-if __name__ == '__main__': app(prog_name='python -m datatools.groove')
+if __name__ == '__main__' and not in_notebook(): app(prog_name='python -m datatools.groove')

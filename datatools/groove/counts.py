@@ -26,7 +26,7 @@ from ..core import DatatoolsError, FormatError, MemoryLimitError, bad_value, che
 @dataclass(frozen=True)
 class KeyLayout:
     "Widths in bits of the fields of a key, the most significant first"
-    bits: tuple
+    bits: tuple  # one width per field, 1 to 32; all together as many words of 64 bits as they need
 
     def __post_init__(self):
         if not self.bits or not all(1 <= width <= 32 for width in self.bits): raise bad_value('bits', self.bits, 'widths of 1 to 32 bits')
@@ -42,7 +42,9 @@ class KeyLayout:
         return places
 
     @property
-    def words(self): return self.places[-1][0] + 1
+    def words(self):
+        "How many 64-bit words a key has"
+        return self.places[-1][0] + 1
 
     def pack(self,
         columns,  # one integer array (rows,) per field
@@ -260,7 +262,9 @@ def take(self:Tally):
 
 
 @patch(as_prop=True)
-def bytes(self:Tally): return self._slots.nbytes + self._counters.nbytes + sum(keys.nbytes + counts.nbytes for keys, counts in self.runs)
+def bytes(self:Tally):
+    "Memory of the hash table and the runs"
+    return self._slots.nbytes + self._counters.nbytes + sum(keys.nbytes + counts.nbytes for keys, counts in self.runs)
 
 # %% ../../nbs/groove/12_counts.ipynb #3ba88567
 @njit(cache=True)
@@ -303,7 +307,8 @@ def _refill(read, at, rest, block_rows):
 
 # %% ../../nbs/groove/12_counts.ipynb #20303125
 def fold_order(
-    keys, counts,      # a run
+    keys,              # uint64 (rows, words) ascending: a run
+    counts,            # (rows,) how often each key occurred
     layout:KeyLayout,  # of its keys
     fields:int,        # leading fields to keep, 1 or more
 ):                     # a run over the leading fields
@@ -343,7 +348,9 @@ class MemoryStore:
     ):
         self.layouts, self.buckets, self.memory_bytes, self.tallies = layouts, buckets, memory_bytes, {}
 
-    def tally(self, name):
+    def tally(self,
+        name:str,  # of the table
+    )->Tally:
         "The tally of a table, made when first asked for"
         if name not in self.tallies: self.tallies[name] = Tally(self.layouts(name).words, self.buckets)
         return self.tallies[name]
@@ -352,18 +359,23 @@ class MemoryStore:
         name:str,  # of the table
         keys,      # uint64 (rows, words): counted once each
     ):
+        "Count keys of a table"
         self.tally(name).add(keys)
         self._make_room()
 
     def add_run(self,
-        name:str,      # of the table
-        keys, counts,  # a sorted run
+        name:str,  # of the table
+        keys,      # uint64 (rows, words), ascending and distinct
+        counts,    # (rows,) uint32 or uint64
     ):
+        "Add what was counted elsewhere"
         self.tally(name).add_run(keys, counts)
         self._make_room()
 
     @property
-    def bytes(self): return sum(tally.bytes for tally in self.tallies.values())
+    def bytes(self):
+        "Memory of all tallies"
+        return sum(tally.bytes for tally in self.tallies.values())
 
     def _make_room(self):
         if self.memory_bytes is None or self.bytes <= self.memory_bytes: return
@@ -372,26 +384,35 @@ class MemoryStore:
 
 # %% ../../nbs/groove/12_counts.ipynb #410b6d00
 @patch
-def names(self:MemoryStore): return sorted(self.tallies)
+def names(self:MemoryStore):
+    "Names of the tables, sorted"
+    return sorted(self.tallies)
 
 
 @patch
-def state(self:MemoryStore, progress):
-    "(facts, arrays) for a checkpoint; `progress` (facts, arrays) of the job is only passed on by stores that write it themselves"
+def state(self:MemoryStore,
+    progress,  # (facts, arrays) of the job; only stores that write it themselves pass it on
+):             # (facts, arrays) for a checkpoint
+    "The counts, to be written into a checkpoint"
     runs = {name: self.tallies[name].take() for name in self.names()}
     for name, run in runs.items(): self.add_run(name, *run)
     return dict(store=self.kind), {f'{name}/{part}': array for name, run in runs.items() for part, array in zip(('keys', 'counts'), run)}
 
 
 @patch
-def restore(self:MemoryStore, facts, arrays):
+def restore(self:MemoryStore,
+    facts,   # dict, as `state` gave it
+    arrays,  # name -> array, as `state` gave them
+):
     "Take up the state of a checkpoint"
     for name in arrays:
         if name.endswith('/keys'): self.add_run(name[:-5], np.array(arrays[name]), np.array(arrays[f'{name[:-5]}/counts']))
 
 
 @patch
-def blocks(self:MemoryStore, name):
+def blocks(self:MemoryStore,
+    name:str,  # of the table
+):             # yields (keys, counts)
     "The final table, as ascending runs"
     yield self.tally(name).take()
 
@@ -461,11 +482,16 @@ def _reader(self:MemmapStore, file):
 
 
 @patch
-def names(self:MemmapStore): return sorted({*self.tallies, *self.files})
+def names(self:MemmapStore):
+    "Names of the tables, in memory or on disk, sorted"
+    return sorted({*self.tallies, *self.files})
 
 
 @patch
-def blocks(self:MemmapStore, name):
+def blocks(self:MemmapStore,
+    name:str,  # of the table
+):             # yields (keys, counts)
+    "The final table, as ascending runs"
     self.spill()
     yield from self._merged(self.files.get(name, []))
 
@@ -482,14 +508,19 @@ def close(self:MemmapStore): self._stack.close()
 
 # %% ../../nbs/groove/12_counts.ipynb #4192691b
 @patch
-def state(self:MemmapStore, progress):
-    "(facts, arrays) for a checkpoint: everything is spilled, then named"
+def state(self:MemmapStore,
+    progress,  # (facts, arrays) of the job, not needed here
+):             # (facts, arrays) for a checkpoint
+    "The names of the run files, to be written into a checkpoint: everything is spilled, then named"
     self.spill()
     return dict(store=self.kind, directory=str(self.directory.absolute()), runs={name: list(files) for name, files in self.files.items()}, number=self.number), {}
 
 
 @patch
-def restore(self:MemmapStore, facts, arrays):
+def restore(self:MemmapStore,
+    facts,   # dict, as `state` gave it
+    arrays,  # none here
+):
     "Take up the state of a checkpoint; `settle` then deletes run files that were written after it"
     self.files = {name: [tuple(entry) for entry in files] for name, files in facts.get('runs', {}).items()}
     self.number = facts.get('number', 0)
@@ -683,12 +714,17 @@ def _upsert(self:SqliteStore):
 # %% ../../nbs/groove/12_counts.ipynb #0dde08f1
 @patch
 def names(self:SqliteStore):
+    "Names of the tables, in memory or in the database, sorted"
     tables = self.connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE 'counts_%'")
     return sorted({*self.tallies, *(bytes.fromhex(name.removeprefix('counts_')).decode() for name, in tables)})
 
 
 @patch
-def blocks(self:SqliteStore, name, block_rows=1 << 16):
+def blocks(self:SqliteStore,
+    name:str,              # of the table
+    block_rows:int=1<<16,  # most rows of a run
+):                         # yields (keys, counts)
+    "The final table, as ascending runs"
     self.spill()
     cursor = self.connection.execute(f'SELECT key, count FROM {_table(name)} ORDER BY key')
     words = self.layouts(name).words
@@ -702,8 +738,10 @@ def close(self:SqliteStore): self._stack.close()
 
 # %% ../../nbs/groove/12_counts.ipynb #9cd9b03f
 @patch
-def state(self:SqliteStore, progress):
-    "(facts, arrays) for a checkpoint: counts and `progress` (JSON facts, uint8 array of statuses) are committed together"
+def state(self:SqliteStore,
+    progress,  # (JSON facts, uint8 array of statuses) of the job
+):             # (facts, arrays) for a checkpoint
+    "Where the database is: counts and progress are committed in it together"
     facts, statuses = progress
     with self._explained():
         self._upsert()
@@ -713,7 +751,10 @@ def state(self:SqliteStore, progress):
 
 
 @patch
-def restore(self:SqliteStore, facts, arrays): "Nothing to do: the database is the state"
+def restore(self:SqliteStore,
+    facts,   # dict, as `state` gave it
+    arrays,  # none here
+): "Nothing to do: the database is the state"
 
 
 @patch

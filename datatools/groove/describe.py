@@ -42,10 +42,10 @@ def resume_command(
     words = ['datatools', 'groove', 'train', *corpus, '-o', output, *shard, *_flags(run['config']), '--store', store['store'], *where, '--resume']
     return shlex.join(map(str, words))
 
-# %% ../../nbs/groove/18_describe.ipynb #c5e4ab7a
+# %% ../../nbs/groove/18_describe.ipynb #833fb85f
 def model_facts(
-    model:GrooveModel,
-)->dict:
+    model:GrooveModel,  # opened
+)->dict:                # name of a fact -> number or text
     "What a model was trained on, on one level"
     facts = model.info()
     totals, coverage = facts.pop('totals'), facts.pop('coverage')

@@ -250,7 +250,7 @@ def plot_events(
     late = (events.micro[shown].astype(float) - FEEL_BINS // 2) / FEEL_BINS
     ax.scatter(steps[shown] + late, np.searchsorted(rows, drums[shown]), c=events.velocity[shown] * 4 + 2, cmap='viridis', vmin=0, vmax=127, marker='|', s=120, linewidths=3)
     names = [DRUM_CLASSES[row][0] if config.drum_map == '9' else str(row) for row in rows]
-    ax.set(xlim=(-1, bars * config.longest_gap), yticks=range(len(rows)), yticklabels=names, title=title, xlabel=f'steps, {config.resolution} a beat')
+    ax.set(xlim=(-1, bars * config.longest_gap), ylim=(-0.6, len(rows) - 0.4), yticks=range(len(rows)), yticklabels=names, title=title, xlabel=f'steps, {config.resolution} a beat')
     for line in range(0, bars * config.longest_gap + 1, config.resolution):
         ax.axvline(line, color='0.6' if line % config.longest_gap == 0 else '0.9', linewidth=0.8, zorder=0)
     return ax

@@ -268,7 +268,7 @@ def _check_part(part):
 def write_drums(
     path,           # file to write, or a binary file object
     part:DrumPart,  # onsets, sorted by tick; no drum twice at one tick
-):
+)->None:
     "Write a type-1 MIDI file, atomically; raises `UsageError` on what MIDI cannot hold"
     _check_part(part)
     file = mido.MidiFile(type=1, ticks_per_beat=part.ticks_per_beat)

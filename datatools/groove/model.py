@@ -128,7 +128,7 @@ def note_kept(
 
 def add_totals(
     parts,  # list of totals
-)->dict:
+)->dict:    # kept, skipped (reason → files), onsets, unmapped, doubled, bars
     "Add up totals"
     total = empty_totals()
     for part in parts:
@@ -343,7 +343,15 @@ TICKS_PER_BEAT = 480
 
 class Grooves:
     "A batch of sampled grooves"
-    def __init__(self, config, token, starts, tick, pitch, velocity, tempo):
+    def __init__(self,
+        config:GrooveConfig,  # of the model
+        token,     # (onsets,) tokens, all grooves one after the other
+        starts,    # (grooves + 1,) where each groove begins in the other arrays
+        tick,      # (onsets,) from the beginning of the groove
+        pitch,     # (onsets,) MIDI notes
+        velocity,  # (onsets,) 1 to 127
+        tempo,     # beats per minute
+    ):
         self.config, self.token, self.starts = config, token, starts
         self.tick, self.pitch, self.velocity, self.tempo = tick, pitch, velocity, tempo
 

@@ -115,7 +115,8 @@ def _recalled(memory, slots, known, strength, token, begin, state):
 # %% ../../nbs/groove/14_sampling.ipynb #48d87704
 @njit(cache=True)
 def fill_distribution(trie, token, begin, i, position, start_token, excluded, path, p):
-    "Fill `p` (vocabulary,) with the experts' probabilities of every token as onset i"
+    """Fill `p` (vocabulary,) with the experts' probabilities of every token as onset `i`, given `token` [`begin`: `i`] before it and their
+    `position`s; `trie` is of `build_trie`, `start_token` stands before the beginning, tokens up to `excluded` get 0, `path` (order,) is scratch"""
     p[:] = 0.0
     for expert in range(len(trie.roots)):
         share = trie.weights[expert]

@@ -184,8 +184,9 @@ def _up_to(trie, node, value):
 
 # %% ../../nbs/groove/13_smoothing.ipynb #ae0bdaf0
 @njit(cache=True)
-def forecast(trie, token, begin, i, position, start_token, excluded, wanted, path):
-    "Probability of token `wanted` as onset i, by all experts, given that it is none of 0 … `excluded` (-1: none excluded)"
+def forecast(trie, token, begin, i, position, start_token, excluded, wanted, path):  # 0 … 1
+    """Probability of token `wanted` as onset `i`, by all experts of `trie`, given `token` [`begin`: `i`] and their `position`s, and that it is none
+    of 0 … `excluded` (-1: none excluded); `start_token` stands before the beginning, `path` (order,) is scratch"""
     hit, lost = 0.0, 0.0
     for expert in range(len(trie.roots)):
         depth = _walk(trie, expert, token, begin, i, position, start_token, path)

@@ -219,7 +219,7 @@ BATCH_FILES, BATCH_ONSETS = 256, 1 << 16  # a batch ends at either
 class Batch:
     "What a batch of files came to"
     statuses: list = field(default_factory=list)             # of each file, in order
-    totals: dict = field(default_factory=empty_totals)
+    totals: dict = field(default_factory=empty_totals)       # as of `empty_totals`
     failure: tuple = None                                    # (path, reason) of the first bad MIDI file, if it is to stop the job
     tables: dict = field(default_factory=dict)               # name → (keys, counts), from a worker
 
@@ -264,7 +264,11 @@ def count_files(
 
 
 def count_files_apart(
-    files, config, table, fail_fast, buckets,  # as `count_files`; slots of the hash tables
+    files,                # as in `count_files`
+    config:GrooveConfig,  # what is counted
+    table,                # as in `count_files`
+    fail_fast:bool,       # stop at the first bad MIDI file
+    buckets:int,          # slots of each hash table
 )->Batch:
     "`count_files` in a worker process: the counts come back as tables"
     store = MemoryStore(lambda name: table_layout(config, name), buckets)
@@ -306,7 +310,9 @@ class Run:
         if self.max_ram_mb is not None and self.max_ram_mb << 20 < rss_bytes() + (32 << 20):
             raise bad_value('max_ram_mb', self.max_ram_mb, f'{(rss_bytes() >> 20) + 33} or more: the program itself needs {human_bytes(rss_bytes())}')
 
-    def make_store(self, config):
+    def make_store(self,
+        config:GrooveConfig,  # what is counted
+    ):                        # `MemoryStore`, `MemmapStore` or `SqliteStore`
         "The store of this run; a third of what the memory limit leaves, because merging needs room"
         def layouts(name): return table_layout(config, name)
         room = None if self.max_ram_mb is None else ((self.max_ram_mb << 20) - rss_bytes()) // 3
@@ -320,17 +326,27 @@ CHECKPOINT_KIND, CHECKPOINT_VERSION = 'groove checkpoint', 1
 
 class Progress:
     "How far a run has come"
-    def __init__(self, facts, totals=None, statuses=()):
+    def __init__(self,
+        facts,         # dict: what must not change while the run lasts
+        totals=None,   # dict as of `empty_totals`; None for nothing yet
+        statuses=(),   # a byte per processed file
+    ):
         self.facts, self.totals, self.statuses = facts, totals or empty_totals(), bytearray(statuses)
 
     @property
-    def processed(self): return len(self.statuses)
+    def processed(self):
+        "How many files are done"
+        return len(self.statuses)
 
-    def add(self, batch):
+    def add(self,
+        batch:Batch,  # files that follow those before
+    ):
+        "Note a batch of files as done"
         self.totals = add_totals([self.totals, batch.totals])
         self.statuses += bytes(batch.statuses)
 
     def header(self):
+        "What a checkpoint says of the run"
         skipped = sum(self.totals['skipped'].values())
         return dict(version=CHECKPOINT_VERSION, run=self.facts, config_hash=config_hash(self.facts['config']), processed=self.processed, kept=self.totals['kept'], skipped=skipped, totals=self.totals)
 

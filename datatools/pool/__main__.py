@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, List, Optional
 
 import typer
+from fastcore.imports import in_notebook
 
 from ..console import Device, Group, Json, OutputDir, Progress, Resume, Seed, Workers, clear_errors, existing, shared, show
 from ..core import FormatError, UsageError
@@ -95,7 +96,7 @@ def convert_command(
         made = convert(inputs, output_dir, workers, resume, rows_per_shard, board_size, soft_policy, group_by_game, game_ids.value, show=show_progress)
         show(facts_of(made), as_json)
 
-# %% ../../nbs/pool/39_main.ipynb #0577f467
+# %% ../../nbs/pool/39_main.ipynb #839e6dc6
 @app.command('info')
 @app.command('inspect', hidden=True)  # its name in earlier releases
 def info_command(
@@ -131,7 +132,7 @@ def record_of(
     record = shard.read(row - shard.offset, row - shard.offset + 1)[0]
     return ', '.join(f'{name}={record[name].tolist()}' for name in directory.dtype.names if not name.startswith('_'))
 
-
+# %% ../../nbs/pool/39_main.ipynb #eeb60537
 def _verdict(directory, show_progress):
     "Whether a directory is sound, and what is wrong with it"
     try: directory.verify(show=show_progress)
@@ -201,8 +202,8 @@ def save_plot(report, path):
     figure = report.plot()
     getattr(figure, 'figure', figure).savefig(path, bbox_inches='tight')
 
-# %% ../../nbs/pool/39_main.ipynb #18044a95
-Network = Annotated[str, typer.Option(help="Channels and blocks of the network: '16x2', '32x4', '64x6', …")]
+# %% ../../nbs/pool/39_main.ipynb #b8be6aa2
+Network = Annotated[str, typer.Option(help="Channels and blocks of the network, such as '16x2', '32x4' or '64x6'.")]
 Epochs = Annotated[int, typer.Option(help='Passes over the data.')]
 Fraction = Annotated[float, typer.Option('--validation-fraction', help='Share of the positions of every directory that is put aside; whole shards and whole games.')]
 Examples = Annotated[Optional[int], typer.Option('--max-examples', help='Positions of an epoch. [default: all]')]
@@ -306,4 +307,4 @@ def _value(text):
 
 # %% ../../nbs/pool/39_main.ipynb #efdb7d02
 #| eval: false
-if __name__ == '__main__': app(prog_name='python -m datatools.pool')
+if __name__ == '__main__' and not in_notebook(): app(prog_name='python -m datatools.pool')

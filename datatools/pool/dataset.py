@@ -265,22 +265,22 @@ class _Watch:
         try: self.meter.check('the pool was read')
         except MemoryLimitError as error: raise PoolMemoryError(str(error), error.report, self.dataset._state()) from None
 
-# %% ../../nbs/pool/35_dataset.ipynb #1d9455a9
+# %% ../../nbs/pool/35_dataset.ipynb #68631a2d
 @patch
 def raw_batches(self:StreamingMixedShardDataset):
     "The records as they are: structured arrays (B,), without symmetries; the fastest way"
     start = int(self._shared[START])
     for group, (begin, end, rows) in enumerate(self._walk()):
         self._advance(group if self.batch_size or self.world_size > 1 else end - start - 1, start)
-        yield rows.view(np.uint8).reshape(-1).view(self.codec.dtype)
+        yield rows.view(self.codec.dtype)
     self._rewind()
 
 @patch
 def provenance(self:StreamingMixedShardDataset):
     "Where every row of the stream comes from, without reading it: arrays (B, 2) int64, index into `shards` and row"
     for begin, end, rows in self._walk(numbers_only=True):
-        words = rows[:, 0].astype(np.int64)
-        yield np.stack([words >> 40, words & (1 << 40) - 1], 1)
+        numbers = rows.astype(np.int64)
+        yield np.stack([numbers >> 40, numbers & (1 << 40) - 1], 1)
 
 @patch
 def _decoded(self:StreamingMixedShardDataset):
@@ -289,7 +289,7 @@ def _decoded(self:StreamingMixedShardDataset):
     symmetries = self.codec.symmetries if self.enable_augmentation else 1
     key = np.uint64(rng_for(self.seed, 'pool', self.epoch, 'symmetry').integers(2**63))
     for group, (begin, end, rows) in enumerate(self._walk()):
-        records = rows.view(np.uint8).reshape(-1).view(self.codec.dtype)
+        records = rows.view(self.codec.dtype)
         decoded = self.codec.decode(records, _symmetries_of(begin, end - begin, key, symmetries) if symmetries > 1 else None)
         if self.batch_size:
             self._advance(group, start)
@@ -340,10 +340,15 @@ def load_state_dict(self:StreamingMixedShardDataset,
     self._shared[EPOCH] = state['epoch']
     self._shared[START] = self.position = state['position']
 
-# %% ../../nbs/pool/35_dataset.ipynb #342467c4
+# %% ../../nbs/pool/35_dataset.ipynb #b31c0fc8
 class PoolLoader:
     "A stock `DataLoader` over a dataset, with its position in the stream"
-    def __init__(self, dataset, workers, prefetch, options):
+    def __init__(self,
+        dataset,       # `StreamingMixedShardDataset` with a batch_size
+        workers:int,   # processes that load; 0: this one
+        prefetch:int,  # batches each of them makes ahead
+        options:dict,  # for the `DataLoader`
+    ):
         self.dataset, self.workers = dataset, workers
         if workers: options = dict(options, persistent_workers=True, prefetch_factor=prefetch)
         self.loader = DataLoader(dataset, batch_size=None, num_workers=workers, **options)
@@ -369,9 +374,21 @@ class PoolLoader:
             if isinstance(error, PoolMemoryError): raise PoolMemoryError(text, error.report, self.dataset._state()) from error
             raise type(error)(text) from error
 
-    def set_epoch(self, epoch): self.dataset.set_epoch(epoch)
-    def state_dict(self): return self.dataset.state_dict()
-    def load_state_dict(self, state): self.dataset.load_state_dict(state)
+    def set_epoch(self,
+        epoch:int,  # 0, 1, 2, …
+    ):
+        "Choose the epoch, and with it another order"
+        self.dataset.set_epoch(epoch)
+
+    def state_dict(self) -> dict:  # JSON
+        "Where the stream is, after the last batch that was given out here"
+        return self.dataset.state_dict()
+
+    def load_state_dict(self,
+        state:dict,  # of `state_dict`
+    ):
+        "Go on after that batch, with any number of workers and ranks"
+        self.dataset.load_state_dict(state)
 
 
 def make_loader(

@@ -16,7 +16,7 @@ from ..core import FormatError, Manifest, MismatchError, read_json
 from .codecs import codec_from_facts
 from .shards import FORMAT, KIND, PACKED_FORMAT, PACKED_SUFFIX, VERSION, ShardDirectory, decompress_directory, shard_files
 
-# %% ../../nbs/pool/38_describe.ipynb #56aa5d18
+# %% ../../nbs/pool/38_describe.ipynb #83ace061
 def holds_shards(
     path,    # a path
 )->bool:
@@ -38,14 +38,14 @@ def shard_directories(
 
 
 def facts_of(
-    directory:ShardDirectory,
-) -> dict:
+    directory:ShardDirectory,  # opened
+) -> dict:                     # name of a fact -> number or text
     "What there is to know without reading any record"
     games = [shard.game_count for shard in directory.shards]
     return dict(path=str(directory.path), records=len(directory), shards=len(directory.shards), record_bytes=directory.dtype.itemsize,
         total_bytes=sum(shard.bytes for shard in directory.shards), games=sum(games) if None not in games else 'not known', codec=repr(directory.codec), source=directory.source or 'not said')
 
-# %% ../../nbs/pool/38_describe.ipynb #e7ee74f6
+# %% ../../nbs/pool/38_describe.ipynb #156d9c6a
 def _listed(path, format):
     "The directory as its manifest describes it, whatever is there"
     manifest = Manifest.open(path, format, VERSION)
@@ -68,7 +68,7 @@ def _shards(path, verify):
         except FormatError as error: damaged.append(str(error))
     return dict(facts=facts_of(directory), damaged=damaged, read=_snippet(path))
 
-
+# %% ../../nbs/pool/38_describe.ipynb #fd699738
 def _packed(path, verify):
     directory = _listed(path, PACKED_FORMAT)
     files = [path/(shard.path.name + PACKED_SUFFIX) for shard in directory.shards]
@@ -133,7 +133,7 @@ def _maker(path):
     made = _made_shards(path.parent)
     return dict(resume=made['resume']) if made else {}
 
-# %% ../../nbs/pool/38_describe.ipynb #26e47c49
+# %% ../../nbs/pool/38_describe.ipynb #b4c138a7
 def _training(path, verify):
     manifest = Manifest.open(path)
     config = manifest['config']
@@ -154,7 +154,7 @@ def _training(path, verify):
         told['resume'] = f'datatools pool train DIRS... --output-dir {shlex.quote(str(path))} --resume'
     return told
 
-
+# %% ../../nbs/pool/38_describe.ipynb #f82cd6b4
 def _loaded(path):
     "What is in a file of weights, read without executing anything"
     from datatools.pool.network import load_checkpoint

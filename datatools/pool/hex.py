@@ -237,7 +237,7 @@ class HexCodec(RecordCodec):
 
 CODECS['hex'] = lambda facts: HexCodec(facts['board_size'], facts['soft_policy'])
 
-# %% ../../nbs/pool/31_hex.ipynb #12998a3f
+# %% ../../nbs/pool/31_hex.ipynb #a7707b72
 def _checked_symmetry(symmetry, rows):
     "A symmetry for every row as uint8"
     if symmetry is None: return np.zeros(rows, np.uint8)
@@ -248,13 +248,12 @@ def _checked_symmetry(symmetry, rows):
     return values.astype(np.uint8, copy=False)
 
 
-def _target(out, name, shape, dtype=torch.float32):
+def _target(out, name, shape, dtype=np.float32):
     "A tensor to write into, and its numbers as a flat array: what the caller gave, or a new one"
     if out is None or name not in out:
-        tensor = torch.empty(shape, dtype=dtype)
-        return tensor, tensor.numpy().reshape(-1)
-    array = out[name].numpy() if isinstance(out[name], torch.Tensor) else out[name]
-    expected = np.dtype('int64' if dtype == torch.int64 else 'float32')
+        array = np.empty(shape, dtype)
+        return torch.from_numpy(array), array.reshape(-1)
+    array, expected = out[name].numpy() if isinstance(out[name], torch.Tensor) else out[name], np.dtype(dtype)
     if array.shape != tuple(shape) or array.dtype != expected or not array.flags.c_contiguous or not array.flags.writeable:
         raise bad_value(f'out[{name!r}]', f'{array.dtype}{array.shape}', f'{expected}{tuple(shape)}, contiguous and writable')
     return out[name], array.reshape(-1)
@@ -285,7 +284,7 @@ def _move_policy(policy, moved, symmetry, out):
     for row in range(rows):
         for cell in range(cells): out[row*cells + moved[symmetry[row], cell]] = policy[row, cell]
 
-# %% ../../nbs/pool/31_hex.ipynb #c1490252
+# %% ../../nbs/pool/31_hex.ipynb #d844d2c9
 @patch
 def decode(self: HexCodec,
     records,          # (B,) records of this codec
@@ -298,7 +297,7 @@ def decode(self: HexCodec,
     board, planes = _target(out, 'board', (rows, 3, size, size))
     value, winner = _target(out, 'value', (rows, 1))
     dense = self.policy == 'dense'
-    policy, cells = _target(out, 'policy', (rows, self.cells)) if dense else _target(out, 'policy', (rows,), torch.int64)
+    policy, cells = _target(out, 'policy', (rows, self.cells)) if dense else _target(out, 'policy', (rows,), np.int64)
     room = planes if size > 3 else np.empty(planes.size + 16, np.float32)  # the last vector of a tiny board ends behind it
     _decode(records.view(np.uint8), self.dtype.itemsize, *self._places, size, self._step, self._offset, self._shift, self._moved, symmetry,
             room, cells if dense and not self.soft_policy else _NOTHING, winner)
@@ -429,10 +428,10 @@ def _check_soft(self: HexCodec, records):
     for name, wrong in faults.items():
         if wrong.any(): raise FormatError(f'row {wrong.argmax()}: soft_policy {words[name]}. Repair or leave out such rows.')
 
-# %% ../../nbs/pool/31_hex.ipynb #a030e5a2
+# %% ../../nbs/pool/31_hex.ipynb #d01cf500
 @njit(cache=True, nogil=True)
-def find_root(parent, node):
-    "The root of a node's tree; the path to it is halved on the way"
+def find_root(parent, node):  # a node
+    "The root of the tree of a `node` in `parent` (nodes,), where roots are their own parents; the path to it is halved on the way"
     while parent[node] != node:
         parent[node] = parent[parent[node]]
         node = parent[node]
@@ -440,8 +439,8 @@ def find_root(parent, node):
 
 
 @njit(cache=True, nogil=True)
-def place_stone(cells, parent, size, cell, colour):
-    "Put a stone (1 blue, 2 red) on `cells` (n·n,), join what it touches in `parent` (n·n + 4,), say whether its colour has won"
+def place_stone(cells, parent, size, cell, colour):  # whether its colour has won
+    "Put a stone of a `colour` (1 blue, 2 red) on a `cell` of `cells` (n·n,), n being `size`, and join what it touches in `parent` (n·n + 4,)"
     cells[cell] = colour
     row, column, first = cell//size, cell % size, size*size + 2*(colour - 1)  # the colour's edges are nodes first and first + 1
     along = row if colour == 1 else column
@@ -455,14 +454,14 @@ def place_stone(cells, parent, size, cell, colour):
 
 
 @njit(cache=True, nogil=True)
-def winner_of(cells, size):
-    "The colour that connects its edges on `cells` (n·n,) of 0 empty, 1 blue, 2 red; 0 if none does yet"
+def winner_of(cells, size):  # 0, 1 or 2
+    "The colour that connects its edges on `cells` (n·n,) of 0 empty, 1 blue, 2 red, n being `size`; 0 if none does yet"
     board, parent = np.zeros(size*size, np.int8), np.arange(size*size + 4)
     for cell in range(size*size):
         if cells[cell] and place_stone(board, parent, size, cell, cells[cell]): return np.int64(cells[cell])
     return 0
 
-# %% ../../nbs/pool/31_hex.ipynb #fee22288
+# %% ../../nbs/pool/31_hex.ipynb #5616d5fc
 @dataclass(frozen=True)
 class HexBoard:
     "A position of Hex"
@@ -479,8 +478,10 @@ class HexBoard:
         object.__setattr__(self, 'marks', tuple(self.cell(mark) for mark in self.marks))
         if self.colours is None: object.__setattr__(self, 'colours', tuple(1 + number % 2 for number in range(len(moves))))
 
-    def cell(self, move):
-        "The number of a cell that is given as a number or a name, such as 'c4'"
+    def cell(self,
+        move,  # number of a cell, 0 … n·n - 1, or its name, such as 'c4'
+    ) -> int:  # its number
+        "The number of a cell"
         if isinstance(move, str):
             column, row = ord(move[:1].lower() or ' ') - 97, int(move[1:]) - 1 if move[1:].isdecimal() else -1
             if 0 <= column < self.size and 0 <= row < self.size: return row*self.size + column

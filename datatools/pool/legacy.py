@@ -138,7 +138,7 @@ PLAIN_DTYPE = re.compile(r'[biuf][1248]|[SU]\d{1,3}')
 
 
 class DtypeStandIn:
-    "A dtype as a pickle describes it: numbers, or short text"
+    "A dtype as a pickle describes it: numbers, or short text, by `code`; `align` and `copy` change nothing"
     __slots__ = ('dtype',)
 
     def __init__(self, code, align=False, copy=True):
@@ -164,7 +164,7 @@ class ArrayStandIn:
 
 # %% ../../nbs/pool/32_legacy.ipynb #0b7c1e99
 class Callable:
-    "What a pickle may call: a checked function, without attributes"
+    "What a pickle may call: a checked `function`, without attributes"
     __slots__ = ('_function',)
     def __init__(self, function): object.__setattr__(self, '_function', function)
     def __call__(self, *arguments): return self._function(*arguments)
@@ -192,7 +192,7 @@ def _member(value):
 
 # %% ../../nbs/pool/32_legacy.ipynb #8dbdf080
 class Encoder:
-    "Text to bytes in Latin-1, up to a total"
+    "Text to bytes in Latin-1, `total_bytes` in all at most"
     __slots__ = ('_left',)
     def __init__(self, total_bytes): self._left = total_bytes
 
@@ -213,7 +213,7 @@ ALLOWED = (*STAND_INS, '_codecs.encode')
 
 # %% ../../nbs/pool/32_legacy.ipynb #43ff7ca4
 class RestrictedUnpickler(pickle.Unpickler):
-    "Python's pickle machine with ten names, all of them stand-ins"
+    "Python's pickle machine over `content` (bytes) with ten names, all of them stand-ins"
     def __init__(self, content):
         super().__init__(io.BufferedReader(io.BytesIO(content), 1 << 17))
         self.encoder = Encoder(len(content))
@@ -310,7 +310,13 @@ class Block:
 
     def __len__(self): return len(self.board)
 
-    def fault(self, row, what, remedy=REPAIR): return _fault(self.path, self.start + int(row), what, remedy)
+    def fault(self,
+        row,            # of the example in the block
+        what,           # is wrong with it
+        remedy=REPAIR,  # what to do
+    ):                  # a `FormatError` that names file and example
+        "What to raise about an example"
+        return _fault(self.path, self.start + int(row), what, remedy)
 
 
 def _parts(example, as_tuple, path, row):

@@ -76,7 +76,8 @@ class PolicyValueNet(nn.Module):
         policy = self.policy_head(features).flatten(1).masked_fill(board[:, :2].sum(1).flatten(1) > 0, TAKEN)
         return policy, self.value_head(torch.cat([features.mean((2, 3)), features.amax((2, 3))], 1))
 
-    def facts(self) -> dict:  # what is needed to build it again
+    def facts(self) -> dict:  # board_size, channels, blocks
+        "What is needed to build it again"
         return dict(board_size=self.board_size, channels=self.channels, blocks=self.blocks)
 
 # %% ../../nbs/pool/37_network.ipynb #4a172f8f
@@ -148,7 +149,7 @@ def save_checkpoint(
 def load_checkpoint(
     path,           # written by `save_checkpoint`
     device='cpu',   # where to put its tensors
-) -> dict:
+) -> dict:          # what was given to `save_checkpoint`; raises `FormatError` on anything else
     "Read what `save_checkpoint` has written; never executes anything"
     try:
         with zipfile.ZipFile(path) as archive:

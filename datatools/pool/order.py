@@ -68,37 +68,43 @@ def _counts_of_rounds(rows, rounds):
     length = sum(rows)
     return _counts_at(np.arange(rounds + 1) * length // rounds, length / np.maximum(np.array(rows), 1e-300), len(rows))
 
-# %% ../../nbs/pool/34_order.ipynb #fd7b67a2
+# %% ../../nbs/pool/34_order.ipynb #a9c5523e
 @njit(cache=True, nogil=True, inline='always')
-def _hashed(x, key):
-    "32 random bits of two 64-bit numbers"
-    x = (x ^ key) * np.uint64(0x9E3779B97F4A7C15)
-    return (x ^ (x >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93) >> np.uint64(32)
+def _turned(digit, other, key, base):
+    "A digit, turned on by as much as the other one says: words of 32 bits, which a processor takes eight at a time"
+    x = np.uint32((other ^ np.uint32(key)) * np.uint32(0x85EBCA6B))
+    x = np.uint32((x ^ (x >> np.uint32(15)) ^ np.uint32(key >> np.uint64(32))) * np.uint32(0xC2B2AE35))
+    x = np.uint32(x ^ (x >> np.uint32(16)))
+    turned = np.uint32(digit + np.uint32(np.uint64(x) * np.uint64(base) >> np.uint64(32)))
+    return np.uint32(turned - base) if turned >= base else turned
 
 
 @njit(cache=True, nogil=True)
 def permuted(begin, size, keys, out):
-    "Where the numbers `begin`, `begin + 1`, … go in a permutation of 0 … `size - 1`; `keys` (4,) uint64"
-    low = np.uint64(max(16, np.ceil(np.sqrt(size))))
-    high, bits, none = np.uint64(max(16, (size + low - 1) // low)), np.uint64(32), np.uint64(0)
-    first, second = np.uint64(begin) % low, np.uint64(begin) // low  # the two digits, counted on: a division a row would cost more than all else
+    "Where the numbers `begin`, `begin + 1`, … go in a permutation of 0 … `size - 1` < 2**32, into `out`; `keys` (4,) uint64"
+    low = np.uint32(max(16, np.ceil(np.sqrt(size))))
+    high = np.uint32(max(16, (size + low - 1) // low))
+    lower, upper = np.empty(len(out), np.uint32), np.empty(len(out), np.uint32)
+    first, second = np.uint32(begin % low), np.uint32(begin // low)  # counted on: a division a row would cost more than all else
     for i in range(len(out)):
-        lower, upper = first, second
-        while True:
+        lower[i], upper[i] = first, second
+        first = np.uint32(first + 1)
+        if first == low: first, second = np.uint32(0), np.uint32(second + 1)
+    for turn in range(0, 4, 2):
+        for i in range(len(out)): lower[i] = _turned(lower[i], upper[i], keys[turn], low)
+        for i in range(len(out)): upper[i] = _turned(upper[i], lower[i], keys[turn + 1], high)
+    for i in range(len(out)):
+        a, b = lower[i], upper[i]
+        while a + np.uint64(b) * np.uint64(low) >= size:
             for turn in range(0, 4, 2):
-                lower += _hashed(upper, keys[turn]) * low >> bits
-                lower -= low if lower >= low else none
-                upper += _hashed(lower, keys[turn + 1]) * high >> bits
-                upper -= high if upper >= high else none
-            if lower + upper * low < size: break
-        out[i] = lower + upper * low
-        first += np.uint64(1)
-        if first == low: first, second = none, second + np.uint64(1)
+                a = _turned(a, b, keys[turn], low)
+                b = _turned(b, a, keys[turn + 1], high)
+        out[i] = a + np.uint64(b) * np.uint64(low)
 
-# %% ../../nbs/pool/34_order.ipynb #81169465
+# %% ../../nbs/pool/34_order.ipynb #80fba631
 def make_deck(
     rounds:int,             # R
-    rng:np.random.Generator,
+    rng:np.random.Generator,  # decides all of them
 ) -> np.ndarray:            # (cards, R) uint16 or uint32; cards is a power of two, every line a permutation
     "Random permutations of the numbers of the rounds"
     cards = 1 << min(12, max(4, ((1 << 18) // rounds).bit_length() - 1))
@@ -106,11 +112,18 @@ def make_deck(
 
 
 @njit(cache=True, nogil=True, inline='always')
-def dealt(stretch, key, deck, number):
-    "Which row of a stretch, 0 … R - 1, round `number` takes; `key` uint64 belongs to the shard"
+def _hashed(x, key):
+    "32 random bits of two 64-bit numbers"
+    x = (x ^ key) * np.uint64(0x9E3779B97F4A7C15)
+    return (x ^ (x >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93) >> np.uint64(32)
+
+
+@njit(cache=True, nogil=True, inline='always')
+def dealt(stretch, key, deck, number):  # a row of the stretch
+    "Which row of the `stretch` with this number, 0 … R - 1, round `number` takes out of `deck`; `key` uint64 belongs to the shard"
     return deck[_hashed(np.uint64(stretch), key) & np.uint64(len(deck) - 1), number]
 
-# %% ../../nbs/pool/34_order.ipynb #ccaa28fa
+# %% ../../nbs/pool/34_order.ipynb #4a3306ff
 class EpochPlan:
     "How many rows of which directory and shard each round of an epoch has"
     def __init__(self,
@@ -133,7 +146,11 @@ class EpochPlan:
         self.counts = _counts_of_rounds(tuple(self.from_directory.tolist()), self.rounds)  # (rounds + 1, directories)
         self._divide_shards()
 
-    def rng(self, *path): return rng_for(self.seed, 'pool', self.epoch, *path)
+    def rng(self,
+        *path,  # names and numbers: what is to be decided
+    ):          # `np.random.Generator`
+        "Random numbers of this epoch for one purpose"
+        return rng_for(self.seed, 'pool', self.epoch, *path)
 
 # %% ../../nbs/pool/34_order.ipynb #63e1f8b4
 def _rows_by_directory(have, weights, examples):
@@ -200,11 +217,11 @@ def _rest_of(self:EpochPlan, d):
         self._rests[d] = places
     return self._rests[d]
 
-# %% ../../nbs/pool/34_order.ipynb #d5c7627b
+# %% ../../nbs/pool/34_order.ipynb #87bd66c0
 @patch
 def rest_of_round(self:EpochPlan,
     number:int,     # of the round
-    directory:int,
+    directory:int,  # number of the directory
 ) -> np.ndarray:    # (n, 2) int64: shard and row, by shard
     "The left over rows that a round has"
     mine = self.directory == directory
@@ -234,7 +251,7 @@ def rows_of_round(self:EpochPlan,
         found.append(self.rest_of_round(number, d))
     return np.concatenate(found)
 
-# %% ../../nbs/pool/34_order.ipynb #b0e692ed
+# %% ../../nbs/pool/34_order.ipynb #9fe2d8a3
 @dataclass(frozen=True)
 class Share:
     "The part of a stream that one process has"
@@ -242,12 +259,14 @@ class Share:
     batch:int        # rows of a batch
     start:int=0      # where in the epoch the dealing begins
     ranks:int=1      # processes that train
-    rank:int=0
+    rank:int=0       # which of them
     workers:int=1    # processes that load for each of them
-    worker:int=0
+    worker:int=0     # which of them
 
     @property
-    def width(self): return self.batch * self.ranks
+    def width(self):
+        "Rows that all ranks together take at a time"
+        return self.batch * self.ranks
 
     @property
     def groups(self):
@@ -256,7 +275,9 @@ class Share:
         return groups - (0 < rest < self.ranks and groups > 0 and self.batch > 1)
 
     @property
-    def is_everything(self): return self.ranks == self.workers == 1
+    def is_everything(self):
+        "Is there one process for all of the stream?"
+        return self.ranks == self.workers == 1
 
     def tail(self):
         "Begin and end of the last batch of this rank"

@@ -60,7 +60,9 @@ class Stream:
     def __len__(self): return len(self.shard)
 
     @property
-    def shards(self): return max(int(self.shard.max(initial=0)) + 1, *(len(each) for each in (self.directory, self.shard_rows) if each is not None), 0)
+    def shards(self):
+        "How many shards there are, those without a row in the stream included"
+        return max(int(self.shard.max(initial=0)) + 1, *(len(each) for each in (self.directory, self.shard_rows) if each is not None), 0)
 
 # %% ../../nbs/pool/36_report.ipynb #b4810d55
 def collect_stream(

@@ -99,7 +99,7 @@ PIECES, PIECE_BYTES = 16, 1 << 16
 
 
 def sample_file(
-    path,
+    path,  # `Path` of a file
 ) -> int:  # CRC-32
     "What a file holds, as far as a look of a millisecond can tell: all of it up to 1 MiB, else pieces, among them the footer with its checksums"
     size, checksum = path.stat().st_size, 0

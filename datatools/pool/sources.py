@@ -202,7 +202,7 @@ class Split:
         "A table"
         head = ('directory', 'training shards', 'records', 'validation shards', 'records', 'validation share', 'weight')
         body = [(name, a, f'{b:,}', c, f'{d:,}', f'{share:.1%}', f'{weight:.4f}') for name, a, b, c, d, share, weight in self.rows_table()]
-        cells = [''.join(f'<td>{html.escape(str(cell))}</td>' for cell in row) for row in (head, *body)]
+        cells = [''.join(f'<{tag}>{html.escape(str(cell))}</{tag}>' for cell in row) for tag, row in (('th', head), *(('td', row) for row in body))]
         return '<table>' + ''.join(f'<tr>{row}</tr>' for row in cells) + '</table>'
 
 # %% ../../nbs/pool/33_sources.ipynb #c18c5745

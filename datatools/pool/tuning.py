@@ -132,7 +132,9 @@ class Sweep:
         "To be held by whoever changes the study"
         return file_lock(self.directory/'study.lock', wait=True)
 
-    def place(self, name):
+    def place(self,
+        name:str,  # of a trial, as '0007'
+    ):             # its directory
         "Where a trial is trained"
         return self.directory/'trials'/name
 

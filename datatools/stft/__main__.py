@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, List, Optional
 
 import typer
+from fastcore.imports import in_notebook
 
 from ..console import Device, Group, Json, Progress, Resume, Workers, clear_errors, echo, existing, shared, show
 from ..core import FormatError, UsageError
@@ -122,4 +123,4 @@ def verify_command(store:Store, as_json:Json = False, show_progress:Progress = N
 
 # %% ../../nbs/stft/29_main.ipynb #6422a472
 #| eval: false
-if __name__ == '__main__': app(prog_name='python -m datatools.stft')
+if __name__ == '__main__' and not in_notebook(): app(prog_name='python -m datatools.stft')

@@ -193,7 +193,9 @@ class AudioReader:
             self.close()
             raise
 
-    def close(self): self._opened.close()
+    def close(self):
+        "Close the file"
+        self._opened.close()
     def __enter__(self): return self
     def __exit__(self, *exception): self.close()
     def __repr__(self): return f'AudioReader({self.facts.path!r}, sample_rate={self.sample_rate}, channels={self.channels})'

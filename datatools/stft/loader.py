@@ -259,7 +259,8 @@ def _check_whole(name, value, least):
 
 # %% ../../nbs/stft/25_loader.ipynb #3ca2f10e
 class Loader:
-    "Iterable over the batches of one epoch; made by `make_loader`"
+    """Iterable over the batches of one epoch. Made by `make_loader`, which explains `dataset`, `workers`, `prefetch`, `metadata`, `copy`,
+    `collate_fn`, `pin_memory` and `start_method`; `order` has what decides which items come when"""
     def __init__(self, dataset, order, workers, prefetch, metadata, copy, collate_fn, pin_memory, start_method):
         self.dataset, self.order, self.workers, self.prefetch = dataset, order, workers, prefetch
         self.metadata, self.copy, self.collate_fn, self.pin_memory, self.start_method = metadata, copy, collate_fn, pin_memory, start_method

@@ -69,11 +69,17 @@ class Schema:
         return self.places[name]
 
     @property
-    def names(self): return tuple(self.places)
+    def names(self):
+        "Names of the arrays, in order"
+        return tuple(self.places)
     @property
-    def dtypes(self): return {name: dtype for name, (_, dtype, _) in self.places.items()}
+    def dtypes(self):
+        "name -> dtype"
+        return {name: dtype for name, (_, dtype, _) in self.places.items()}
     @property
-    def shapes(self): return {name: shape for name, (_, _, shape) in self.places.items()}
+    def shapes(self):
+        "name -> shape"
+        return {name: shape for name, (_, _, shape) in self.places.items()}
     def __eq__(self, other): return isinstance(other, Schema) and self.json == other.json
     def __hash__(self): return self.hash
     def __repr__(self): return 'Schema(' + ', '.join(f'{name} {np.dtype(dtype).name}{list(shape)}' for name, dtype, shape in self.entries) + ')'
@@ -180,13 +186,13 @@ def encode_record(
 # %% ../../nbs/stft/21_records.ipynb #dc61046f
 class Head(NamedTuple):
     "The numbers in the first 64 bytes of a record"
-    schema_bytes: int
-    schema_hash: int
-    index: int
-    payload_end: int
-    metadata_bytes: int
-    payload_checksum: int
-    header_checksum: int
+    schema_bytes: int      # length of the schema
+    schema_hash: int       # first 8 bytes of its BLAKE2b digest
+    index: int             # number of the item
+    payload_end: int       # offset at which the metadata begin
+    metadata_bytes: int    # their length
+    payload_checksum: int  # CRC-32C of padding and payload
+    header_checksum: int   # CRC-32C of head, schema and metadata
 
 
 def record_head(

@@ -165,13 +165,21 @@ def shared(self: Environment):
     return self._shared
 
 @patch(as_prop=True)
-def env(self: Environment): return self.shared.env
+def env(self: Environment):
+    "The LMDB environment of this process"
+    return self.shared.env
 @patch(as_prop=True)
-def items(self: Environment): return self.shared.items
+def items(self: Environment):
+    "Sub-database: number of an item -> record"
+    return self.shared.items
 @patch(as_prop=True)
-def meta(self: Environment): return self.shared.meta
+def meta(self: Environment):
+    "Sub-database: name -> JSON"
+    return self.shared.meta
 @patch(as_prop=True)
-def src(self: Environment): return self.shared.src
+def src(self: Environment):
+    "Sub-database: source of items -> JSON"
+    return self.shared.src
 
 
 def environment(

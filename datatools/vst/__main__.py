@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, List, Optional
 
 import typer
+from fastcore.imports import in_notebook
 
 from .. import console
 from ..console import Json, Progress, Resume, existing, shared, show
@@ -162,4 +163,4 @@ def verify_command(directory:Directory, show_progress:Progress = None, as_json:J
 
 # %% ../../nbs/vst/50_main.ipynb #12b8c748
 #| eval: false
-if __name__ == '__main__': app(prog_name='python -m datatools.vst')
+if __name__ == '__main__' and not in_notebook(): app(prog_name='python -m datatools.vst')

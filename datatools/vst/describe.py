@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['KINDS', 'describe']
 
-# %% ../../nbs/vst/49_describe.ipynb #70e8b183
+# %% ../../nbs/vst/49_describe.ipynb #4a4e6e61
 import shlex
 from dataclasses import asdict
 from pathlib import Path
 
 from ..core import FormatError, Manifest, UsageError
-from .chunks import FORMAT, ChunkLayout, open_chunk
+from .chunks import ChunkLayout, check_chunk, open_chunk
 from .config import GenerateConfig, load_config
 from .params import ParamSpec
 from .reader import ChunkedDatasetReader
 
-# %% ../../nbs/vst/49_describe.ipynb #7c84bbbb
+# %% ../../nbs/vst/49_describe.ipynb #063084b0
 def _dataset(path, verify):
     resume = f'datatools vst generate --config FILE --output-dir {shlex.quote(str(path))} --resume' if (path/Manifest.name).exists() else ''
     try: reader = ChunkedDatasetReader(path)
@@ -40,11 +40,11 @@ def _snippet(path): return f"from datatools.vst import ChunkedDatasetReader\nrea
 def _chunk(path, verify):
     with open_chunk(path) as file:
         if 'audio' not in file: raise UsageError(f'{path} is not recognised: it is an HDF5 file without audio, of another program.')
+        layout, done = ChunkLayout.of(file), int(file['done'][:].sum()) if 'done' in file else None
+    told = dict(facts=dict(asdict(layout), done=done), read=f"import h5py\nfile = h5py.File({str(path)!r})\naudio = file['audio'][0]  # float16 (channels, frames)")
     if path.name.endswith('.partial'):
-        with open_chunk(path) as file: layout, done = ChunkLayout.of(file), int(file['done'][:].sum())
-        return dict(facts=dict(asdict(layout), done=done), unfinished=[f'{done} of {layout.samples} samples are rendered'],
-            resume=f'datatools vst generate --config FILE --output-dir {shlex.quote(str(path.parent))} --resume')
-    return _dataset(path, verify) | dict(resume='')
+        return told | dict(unfinished=[f'{done} of {layout.samples} samples are rendered'], resume=f'datatools vst generate --config FILE --output-dir {shlex.quote(str(path.parent))} --resume')
+    return told | dict(damaged=check_chunk(path, deep=verify))
 
 # %% ../../nbs/vst/49_describe.ipynb #03528f2a
 def _config(path, verify):

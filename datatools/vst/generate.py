@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 from fastcore.basics import patch
+from fastcore.imports import in_notebook
 
 from ..core import DatatoolsError, FormatError, Manifest, bad_value, clean_temporaries, config_hash, file_lock, hash_file, progress, read_json, rng_for, write_json
 from ..jobs import Task, run_tasks
@@ -45,14 +46,20 @@ class Job:
     hash: str = ''          # of all that decides the content
 
     @property
-    def columns(self) -> int:  # numbers of an encoded patch; without those of the note where a file is played
+    def columns(self) -> int:
+        "Numbers of an encoded patch; without those of the note where a file is played"
         return self.spec.encoded_length - (sum(parameter.size for parameter in self.spec.note) if self.phrases else 0)
 
-def chunk_path(config: GenerateConfig, chunk: int) -> Path:
+def chunk_path(
+    config: GenerateConfig,  # of the data set
+    chunk: int,              # number of the chunk
+) -> Path:
     "File of a chunk."
     return Path(config.output_dir)/config.file_naming.format(chunk=chunk)
 
-def partial_path(path: Path) -> Path:
+def partial_path(
+    path: Path,  # of the finished chunk
+) -> Path:
     "File of a chunk that is not finished."
     return path.with_name(path.name + '.partial')
 
@@ -91,7 +98,7 @@ def _try_notes(path: Path, seconds: float) -> list:
 def write_phrases(
     directory: Path,          # of the data set
     config: GenerateConfig,
-    show_progress: bool = None,
+    show_progress: bool = None,  # a bar; None for one if the error stream is a terminal
 ) -> None:
     "Read the MIDI files, unless they were read before, and keep their notes."
     files = midi_files(config)
@@ -467,6 +474,6 @@ def estimate(
 
 # %% ../../nbs/vst/47_generate.ipynb #09821374
 #| eval: false
-if __name__ == '__main__':
+if __name__ == '__main__' and not in_notebook():
     from datatools.vst.__main__ import app
     app(['generate', *sys.argv[1:]], prog_name='python -m datatools.vst')

@@ -315,7 +315,7 @@ def _answer(function, arguments: tuple) -> tuple:  # (value, message of an error
 
 def in_process(
     function,               # importable
-    *arguments,
+    *arguments,             # of the function; they are pickled
     named: str,             # what the message of an error begins with
     timeout: float = None,  # seconds, None for no limit
 ):                          # what the function gives

@@ -30,7 +30,7 @@ def sine(
 @njit(cache=True, nogil=True)
 def exp2(
     x,  # -64 … 64
-):
+):      # float
     "2**x, and beyond the range what it is at the nearer end"
     x = min(max(x, -64.0), 64.0)
     whole = math.floor(x + 0.5)
