@@ -1,0 +1,186 @@
+"Files at URLs: nothing half is ever visible, an interrupted transfer goes on, bytes are the same"
+import io
+import json
+import os
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from datatools import remote
+from datatools.core import DatatoolsError, FormatError, UsageError
+from datatools.remote import is_url, list_files, local_copy, read_at, stage_in, stage_out, staging_folder
+
+
+class _Breaking(io.BytesIO):
+    "A file whose second half never comes"
+    def __init__(self, content, fault):
+        super().__init__(content)
+        self.half, self.fault = len(content) // 2, fault
+
+    def read(self, size=-1):
+        if self.tell() >= self.half: raise self.fault
+        return super().read(min(self.half - self.tell(), size if size >= 0 else self.half))
+
+
+class FaultyFileSystem(MemoryFileSystem):
+    "Memory, with a line that breaks in the middle of the transfers whose number is in `breaks`"
+    protocol, store, pseudo_dirs, breaks, transfers, sent = 'faulty', {}, [''], set(), 0, []
+
+    @classmethod
+    def _strip_protocol(cls, path): return super()._strip_protocol(path.removeprefix('faulty://'))
+    def unstrip_protocol(self, name): return f'faulty://{name.lstrip("/")}'
+
+    def _breaks_now(self):
+        type(self).transfers += 1
+        return self.transfers in self.breaks
+
+    def put_file(self, lpath, rpath, **options):
+        content = open(lpath, 'rb').read()
+        if self._breaks_now():
+            self.pipe_file(rpath, content[:len(content) // 2])
+            raise ConnectionResetError('the line broke')
+        self.sent.append(rpath)
+        self.pipe_file(rpath, content)
+
+    def open(self, path, mode='rb', **options):
+        if mode == 'rb' and self._breaks_now(): return _Breaking(self.cat_file(path), ConnectionResetError('the line broke'))
+        return io.BytesIO(self.store[self._strip_protocol(path)].getvalue()) if mode == 'rb' else super().open(path, mode, **options)
+
+    def cat_file(self, path, *args, **options): return self.store[self._strip_protocol(path)].getvalue()
+
+
+@pytest.fixture
+def faulty(monkeypatch):
+    fsspec.register_implementation('faulty', FaultyFileSystem, clobber=True)
+    FaultyFileSystem.store.clear()
+    FaultyFileSystem.sent.clear()
+    FaultyFileSystem.breaks, FaultyFileSystem.transfers = set(), 0
+    monkeypatch.setattr(remote, 'TRANSFERS', 1)  # in order, so that the number of a transfer says which it is
+    return fsspec.filesystem('faulty')
+
+
+@pytest.fixture(params=['memory', 'file'])
+def place(request, tmp_path):
+    "A directory at a URL"
+    if request.param == 'file': return f'file://{tmp_path}/there'
+    fsspec.filesystem('memory').store.clear()
+    return 'memory://there'
+
+
+def write(folder, **contents):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items(): (folder/name.replace('_json', '.json')).write_bytes(content)
+    return folder
+
+
+def contents(folder): return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*') if path.is_file() and not any(part.startswith('.') for part in path.relative_to(folder).parts)}
+
+
+def test_there_and_back(place, tmp_path):
+    made = write(tmp_path/'made', a=b'1' * 1000, b=b'2' * 10, manifest_json=b'{}')
+    write(made/'below', c=b'3')
+    write(made/'.hidden', lock=b'')
+    assert stage_out(made, place) == ['a', 'b', 'below/c', 'manifest.json']
+    assert [*list_files(place)] == ['a', 'b', 'below/c', 'manifest.json']
+    assert contents(stage_in(place, tmp_path/'copy')) == contents(made)
+    assert stage_out(made, place) == [] == stage_out(stage_in(place, tmp_path/'copy'), place)  # nothing is sent twice, nor what came from there
+    assert read_at(f'{place}/below/c') == b'3'
+
+
+def test_changes_are_noticed(place, tmp_path):
+    made = write(tmp_path/'made', a=b'first', b=b'second', manifest_json=b'{}')
+    stage_out(made, place)
+    copy = stage_in(place, tmp_path/'copy')
+    os.utime(made/'b')  # the same content
+    write(made, a=b'FIRST')
+    assert stage_out(made, place) == ['a', 'manifest.json']
+    (copy/'b').write_bytes(b'SECOND')  # somebody wrote to the copy
+    assert contents(stage_in(place, copy)) == contents(made)
+
+
+def test_a_file_with_a_name_of_its_own(place, tmp_path):
+    made = write(tmp_path/'made', a=b'content')
+    assert stage_out(made/'a', f'{place}/other') == ['a'] and stage_out(made/'a', f'{place}/other') == []
+    assert stage_in(f'{place}/other', tmp_path/'copy').read_bytes() == b'content'
+
+
+def test_broken_upload(faulty, tmp_path):
+    made = write(tmp_path/'made', a=b'1' * 100, b=b'2' * 100, c=b'3' * 100, manifest_json=b'{"a": 1}')
+    for broken in (2, 4):  # in the middle of b, then of the manifest
+        faulty.store.clear()
+        for note in made.glob('.remote/*'): note.unlink()
+        FaultyFileSystem.breaks, FaultyFileSystem.transfers = {broken}, 0
+        with pytest.raises(DatatoolsError, match='the line broke.*try again'): stage_out(made, 'faulty://out')
+        visible = list_files('faulty://out')
+        assert 'manifest.json' not in visible and all(each.size == 100 for each in visible.values())
+        sent = stage_out(made, 'faulty://out')
+        assert sent[-1] == 'manifest.json' and not {*sent} & {*visible}  # what had arrived was not sent again
+        assert {name.removeprefix('/out/'): faulty.cat_file(name) for name in faulty.store} == contents(made)  # and nothing else is there
+
+
+def test_leftovers_of_a_killed_upload_go(faulty, tmp_path):
+    made = write(tmp_path/'made', a=b'1' * 100, manifest_json=b'{}')
+    faulty.pipe_file('/out/.a.0123abcd.part', b'1' * 50)
+    assert list_files('faulty://out') == {}
+    stage_out(made, 'faulty://out')
+    assert sorted(faulty.store) == ['/out/a', '/out/manifest.json']
+
+
+def test_no_manifest_while_data_are_replaced(faulty, tmp_path):
+    made = write(tmp_path/'made', a=b'1' * 100, manifest_json=b'{}')
+    stage_out(made, 'faulty://out')
+    write(made, a=b'2' * 100)
+    FaultyFileSystem.breaks, FaultyFileSystem.transfers = {1}, 0
+    with pytest.raises(DatatoolsError): stage_out(made, 'faulty://out')
+    assert [*list_files('faulty://out')] == ['a'] and faulty.cat_file('/out/a') == b'1' * 100
+    stage_out(made, 'faulty://out')
+    assert [*list_files('faulty://out')] == ['a', 'manifest.json'] and faulty.cat_file('/out/a') == b'2' * 100
+
+
+def test_an_object_store_needs_no_rename(faulty, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, 'OBJECT_STORES', {'faulty'})
+    stage_out(write(tmp_path/'made', a=b'1' * 100, manifest_json=b'{}'), 'faulty://out')
+    assert faulty.sent == ['/out/a', '/out/manifest.json']
+
+
+def test_broken_download(faulty, tmp_path):
+    faulty.pipe({'/in/a': b'1' * 100, '/in/b': b'2' * 100, '/in/manifest.json': b'{}'})
+    FaultyFileSystem.breaks = {2}
+    with pytest.raises(DatatoolsError, match='in/b could not be fetched'): stage_in('faulty://in', tmp_path/'copy')
+    assert contents(tmp_path/'copy') == dict(a=b'1' * 100)  # nothing half, and no manifest
+    FaultyFileSystem.transfers = 0
+    FaultyFileSystem.breaks = set()
+    stage_in('faulty://in', tmp_path/'copy')
+    assert FaultyFileSystem.transfers == 2 and len(contents(tmp_path/'copy')) == 3
+
+
+def test_a_shorter_object_than_listed_is_refused(faulty, tmp_path, monkeypatch):
+    faulty.pipe_file('/in/a', b'1' * 100)
+    monkeypatch.setattr(FaultyFileSystem, 'open', lambda self, path, mode='rb', **_: io.BytesIO(b'1' * 60))
+    with pytest.raises(DatatoolsError, match='60 bytes came, 100 were listed'): stage_in('faulty://in/a', tmp_path/'copy')
+    assert contents(tmp_path/'copy') == {}
+
+
+def test_names_that_lead_out_of_the_folder(faulty, tmp_path):
+    faulty.store['/in/../../outside'] = faulty.store['/in/a'] = None
+    faulty.pipe_file('/in/a', b'1')
+    faulty.store['/in/../../outside'] = faulty.store['/in/a']
+    with pytest.raises(FormatError, match='leads out'): stage_in('faulty://in', tmp_path/'copy')
+    assert not (tmp_path.parent/'outside').exists() and not (tmp_path/'outside').exists()
+
+
+def test_errors(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match='Nothing is there'): stage_in('memory://nowhere', tmp_path)
+    with pytest.raises(UsageError, match='exists'): stage_out(tmp_path/'nowhere', 'memory://out')
+    with pytest.raises(UsageError, match='pip install s3fs'):
+        monkeypatch.setattr(fsspec.core, 'url_to_fs', lambda url: (_ for _ in ()).throw(ImportError('no module')))
+        stage_in('s3://bucket/name', tmp_path)
+
+
+def test_copies_of_data_sets(tmp_path, monkeypatch):
+    monkeypatch.setenv('DATATOOLS_STAGE', str(tmp_path/'stage'))
+    fsspec.filesystem('memory').pipe('/set/manifest.json', json.dumps({}).encode())
+    copy = local_copy('memory://set')
+    assert copy == local_copy('memory://set/') == staging_folder('memory://set') and (copy/'manifest.json').exists()
+    assert staging_folder('memory://set').stat().st_uid == os.getuid() and not is_url(str(copy))
