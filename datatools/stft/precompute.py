@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['EXTENSIONS', 'ITEM_FACTS', 'MEMORY_BYTES', 'RETRIES', 'SIDES', 'SPOOL_BYTES', 'UNUSABLE', 'find_audio',
            'is_validation', 'split_names', 'read_metadata', 'file_items', 'item_bytes', 'file_checksum',
-           'transform_file', 'PrecomputeOptions', 'precompute', 'verify_store']
+           'transform_file', 'PrecomputeOptions', 'Listing', 'list_files', 'precompute', 'checked_request',
+           'precompute_listed', 'verify_store']
 
-# %% ../../nbs/stft/23_precompute.ipynb #08b45d5e
+# %% ../../nbs/stft/23_precompute.ipynb #bd1ee881
 import csv
 import errno
 import io
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import NamedTuple
 
 import google_crc32c
 import lmdb.verify
@@ -302,7 +304,7 @@ class PrecomputeOptions:
 
 UNUSABLE = (errno.ENOENT, errno.ELOOP, errno.EACCES, errno.ENAMETOOLONG)  # what is wrong with a name or a link, not with the storage
 
-# %% ../../nbs/stft/23_precompute.ipynb #f8815ea3
+# %% ../../nbs/stft/23_precompute.ipynb #40b4643f
 def _listed(path):
     "Size and time of a file, and why it cannot be used, as far as a listing tells"
     try: status = path.stat()
@@ -314,13 +316,28 @@ def _listed(path):
     return status.st_size, status.st_mtime_ns, '' if allowed else f'cannot be opened: {os.strerror(errno.EACCES)}'
 
 
-def _facts(files, val_fraction, val_list, metadata):
-    "What decides the stores, by file; the times of the files; those that are refused at once, and why"
+class Listing(NamedTuple):
+    "The files of a job, as far as a listing tells"
+    files: dict    # name -> Path
+    facts: dict    # name -> what decides the stores: part, bytes, metadata
+    times: dict    # name -> time of the last change, nanoseconds
+    refused: dict  # name -> reason, of files that are refused at once
+
+
+def list_files(
+    inputs,                     # audio files and folders
+    val_fraction: float = .1,   # share of the files that validate
+    val_list=None,              # file with the names of those that validate, in place of the share
+    metadata=None,              # CSV or JSON lines with a column `file`
+    left_out=None,              # a `Counter` that is told the suffixes of the files that are not taken
+) -> Listing:
+    "The files that inputs stand for, which part they belong to and what is known about them"
+    files = find_audio(inputs, left_out)
     names, table = split_names(files, val_fraction, val_list), read_metadata(metadata) if metadata else {}
     if unknown := sorted({*table} - {*files}): raise bad_value('metadata', unknown[0], 'about files below the inputs', f'{len(unknown)} entries name other files.')
     sides, listed = {name: side for side in names for name in names[side]}, {name: _listed(path) for name, path in files.items()}
     facts = {name: dict(part=sides[name], bytes=size, metadata=table.get(name, {})) for name, (size, _, _) in listed.items()}
-    return facts, {name: time for name, (_, time, _) in listed.items()}, {name: reason for name, (_, _, reason) in listed.items() if reason}
+    return Listing(files, facts, {name: time for name, (_, time, _) in listed.items()}, {name: reason for name, (_, _, reason) in listed.items() if reason})
 
 
 def _compare_files(output, facts, times):
@@ -367,7 +384,7 @@ def _open_part(output, side, facts, config, keep_audio, resume, options):
     decides = dict(stft=config.as_dict(), keep_audio=keep_audio, files=len(facts), files_sha256=config_hash(facts))
     return StoreWriter(output/f'{side}.lmdb', decides, options.map_size, options.durability, resume), list(facts)
 
-# %% ../../nbs/stft/23_precompute.ipynb #95ad62ff
+# %% ../../nbs/stft/23_precompute.ipynb #ecb72e1c
 def _in_flight(sizes, config, workers):
     "How many files may be at work or wait in the spool: fewer if they are long, but one for each worker"
     cell = 4 if config.dtype == 'float16' else 8  # bytes of a bin; 16-bit audio has 2 for a sample
@@ -375,16 +392,16 @@ def _in_flight(sizes, config, workers):
     return min(4 * workers, max(workers, int(SPOOL_BYTES / (1 + growth * max(sizes)))))
 
 
-def _results(parts, files, facts, refused, spool, config, keep_audio, options):
+def _results(parts, files, facts, refused, spool, config, keep_audio, options, engine):
     "What becomes of the missing files, in order: (part, result, spool file)."
     waiting = [(part, name, str(spool/str(number))) for number, (part, name) in enumerate((part, name) for part in parts for name in part.missing)]
     work = partial(transform_file, memory_bytes=0 if options.workers else MEMORY_BYTES, config=config, keep_audio=keep_audio, device=options.device)
     readable = [(name, place) for _, name, place in waiting if name not in refused]
     tasks = (Task(name, (os.path.abspath(files[name]), place, name, facts[name]['metadata'])) for name, place in readable)
-    workers = min(options.workers, len(readable))
-    several = _in_flight([facts[name]['bytes'] for name, _ in readable], config, workers) if workers else None
+    workers = min(options.workers, len(readable)) if engine == 'local' else options.workers
+    several = _in_flight([facts[name]['bytes'] for name, _ in readable], config, workers) if workers and engine == 'local' else None
     with ExitStack() as stack:
-        if readable: results = stack.enter_context(closing(run_tasks(work, tasks, workers=workers, timeout=options.timeout, retries=RETRIES, in_flight=several)))
+        if readable: results = stack.enter_context(closing(run_tasks(work, tasks, workers=workers, timeout=options.timeout, retries=RETRIES, in_flight=several, engine=engine)))
         for part, name, place in waiting:
             yield part, TaskResult(name, dict(refused=refused[name]), None, 1, 0.) if name in refused else next(results), place
 
@@ -398,7 +415,7 @@ def _take(part, result, place, facts):
     part.take(result.key, made, place, dict(bytes=facts['bytes']))
     Path(place).unlink(missing_ok=True)
 
-# %% ../../nbs/stft/23_precompute.ipynb #fba5e080
+# %% ../../nbs/stft/23_precompute.ipynb #fa5e28f5
 def precompute(
     inputs,                     # audio files and folders
     output_dir,                 # folder for train.lmdb and val.lmdb
@@ -411,21 +428,52 @@ def precompute(
     retry_refused: bool = False,# try the files again that were refused; nobody may read the stores meanwhile
     skip=(),                    # names of files to be refused, whatever they hold
     options: PrecomputeOptions = PrecomputeOptions(),  # how the work is done
-) -> dict:                      # train and val: items, files, refused, audio_seconds, reasons; left_out, seconds, times_real_time
+    shards: int = None,         # make so many pairs of stores, each by one task and in a folder of its own; None for one pair
+    engine='local',             # where the work is done: 'local', 'dask', a `distributed.Client`, or an `Engine`
+) -> dict:                      # train and val: items, files, refused, audio_seconds, reasons; items_now, seconds, times_real_time, left_out
     "Turn audio files into stores of STFT items."
-    config, output, begun = config or STFTConfig(), Path(output_dir).absolute(), time.perf_counter()
+    config, left_out = checked_request(config, keep_audio, options), Counter()
+    listing = list_files(inputs, val_fraction, val_list, metadata, left_out)
+    if shards is None: made = precompute_listed(listing, output_dir, config, keep_audio, resume, retry_refused, skip, options, engine)
+    else:
+        from datatools.stft.shards import precompute_shards  # which stands on this module
+        made = precompute_shards(listing, output_dir, shards, config, keep_audio, resume, retry_refused, skip, options, engine)
+    return dict(made, left_out=dict(sorted(left_out.items())))
+
+
+def checked_request(
+    config: STFTConfig,          # what items are, None for the default
+    keep_audio: bool,            # store the audio beside its STFT
+    options: PrecomputeOptions,  # how the work is done
+) -> STFTConfig:
+    "The configuration, None for the default; refuses what cannot be done before files are looked for"
+    config = config or STFTConfig()
     checked_device(options.device)
     if config.segment_frames and item_bytes(config, config.segment_frames, keep_audio) > MOST_BYTES:
         raise bad_value('segment_seconds', config.segment_seconds, f'so short that an item has no more than {human_bytes(MOST_BYTES)}')
-    files = find_audio(inputs, left_out := Counter())
-    facts, times, refused = _facts(files, val_fraction, val_list, metadata)
+    return config
+
+# %% ../../nbs/stft/23_precompute.ipynb #75648947
+def precompute_listed(
+    listing: Listing,           # the files
+    output_dir,                 # folder for train.lmdb and val.lmdb
+    config: STFTConfig,         # what items are
+    keep_audio: bool = False,   # store the audio beside its STFT
+    resume: bool = False,       # go on with the stores in output_dir
+    retry_refused: bool = False,# try the files again that were refused
+    skip=(),                    # names of files to be refused, whatever they hold
+    options: PrecomputeOptions = PrecomputeOptions(),  # how the work is done
+    engine='local',             # where files are transformed: 'local', 'dask', a `distributed.Client`, or an `Engine`
+) -> dict:                      # train and val: items, files, refused, audio_seconds, reasons; items_now, seconds, times_real_time
+    "Turn files that have been listed into stores"
+    (files, facts, times, refused), output, begun = listing, Path(output_dir).absolute(), time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.enter_context(file_lock(output/'.lock'))
         there = any((output/f'{side}.lmdb/data.mdb').exists() for side in SIDES)
         if there and not resume: raise bad_value('output_dir', str(output_dir), 'a directory without stores', 'Resume the job that is there, or choose another.')
         facts, touched = _compare_files(output, facts, times) if there else (facts, set())
-        refused |= _skipped(skip, facts)
+        refused = refused | _skipped(skip, facts)
         if not there: _note_files(output, facts, times)
         stack.callback(shutil.rmtree, spool := _spool(output))
         parts = {}
@@ -436,23 +484,23 @@ def precompute(
         _note_files(output, facts, times)
         bar = stack.enter_context(progress(total=len(files), desc='precompute', show=options.show_progress, unit='file'))
         bar.update(len(files) - sum(len(part.missing) for part in parts.values()))
-        for part, result, place in stack.enter_context(closing(_results(parts.values(), files, facts, refused, spool, config, keep_audio, options))):
+        for part, result, place in stack.enter_context(closing(_results(parts.values(), files, facts, refused, spool, config, keep_audio, options, engine))):
             _take(part, result, place, facts[result.key])
             done, seconds = (sum(getattr(part, name) for part in parts.values()) for name in ('bytes', 'seconds'))
             bar.set_postfix_str(f'{human_bytes(done)}, {seconds / (time.perf_counter() - begun):,.0f}x real time', refresh=False)
             bar.update()
-        return _summary({side: part.finish() for side, part in parts.items()}, parts, left_out, time.perf_counter() - begun)
+        return _summary({side: part.finish() for side, part in parts.items()}, parts, time.perf_counter() - begun)
 
-# %% ../../nbs/stft/23_precompute.ipynb #500cb2dc
+# %% ../../nbs/stft/23_precompute.ipynb #1d9cbc39
 def _note_files(output, facts, times):
     "Write down which files the job is about"
     write_json(output/'files.json', {name: dict(fact, mtime_ns=times.get(name, 0)) for name, fact in facts.items()})
 
 
-def _summary(report: dict, parts: dict, left_out: Counter, seconds: float) -> dict:
+def _summary(report: dict, parts: dict, seconds: float) -> dict:
     "The job in figures."
     transformed = sum(part.seconds for part in parts.values())
-    return dict(report, left_out=dict(sorted(left_out.items())), items_now=sum(part.items for part in parts.values()), seconds=round(seconds, 3), times_real_time=round(transformed / seconds, 1))
+    return dict(report, items_now=sum(part.items for part in parts.values()), seconds=round(seconds, 3), times_real_time=round(transformed / seconds, 1))
 
 # %% ../../nbs/stft/23_precompute.ipynb #480383a4
 def _check_sources(sources, info):
