@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'Task', 'TaskError', 'TaskResult', 'Outcome', 'call', 'Engine', 'InlineEngine', 'die_with_parent',
-           'LocalEngine', 'make_engine', 'Ledger', 'run_tasks']
+           'deaf_children', 'LocalEngine', 'make_engine', 'Ledger', 'run_tasks']
 
 # %% ../nbs/01_jobs.ipynb #900c50c5
 import ctypes, json, multiprocessing, os, pickle, queue, signal, sys, threading, time, traceback
@@ -50,7 +50,7 @@ class TaskResult:
     attempts: int = 1               # how often the task was started
     seconds: float = 0.             # time that the last attempt took
 
-# %% ../nbs/01_jobs.ipynb #9ce384f1
+# %% ../nbs/01_jobs.ipynb #322bff9e
 class Outcome(NamedTuple):
     "How one attempt at a call ended."
     kind: str             # 'value', 'exception', 'timeout' or 'crash'
@@ -80,8 +80,12 @@ class Engine:
     def submit(self, token, function, arguments): "Take one more call, `function` (*`arguments`), at once; `token` names it."
     def collect(self, block: bool) -> list: "The (token, Outcome) of calls that have ended; with `block` at least one."
     def stop(self): "End everything that runs, at once, and give back all resources."
+    @contextmanager
+    def lasting(self):
+        "Yields an engine for several jobs in a row; a cluster is started, or connected to, once for all of them."
+        yield self
 
-# %% ../nbs/01_jobs.ipynb #cc41a9a4
+# %% ../nbs/01_jobs.ipynb #a93c835e
 class InlineEngine(Engine):
     "Runs calls one by one in this process (`workers=0`), without protection; so there is no `timeout`."
     def __init__(self, workers: int = 0, timeout: float = None):
@@ -135,9 +139,9 @@ def _work(payload: bytes) -> bytes:
 
 def _no_call(error): raise error
 
-# %% ../nbs/01_jobs.ipynb #c1e3da0a
+# %% ../nbs/01_jobs.ipynb #e61f9b27
 @contextmanager
-def _deaf_children():
+def deaf_children():
     "Processes started in this block never hear Ctrl-C; this program hears it when the block ends."
     heard, in_main = [], threading.current_thread() is threading.main_thread()
     if hasattr(signal, 'pthread_sigmask'):
@@ -161,7 +165,7 @@ class _Slot:
     def open(self):
         "Start a process."
         self.pool = ProcessPool(max_workers=1, context=self.context, initializer=_start_worker, initargs=(self.word, os.getpid()))
-        with _deaf_children(): self.broken = not self.pool.active  # asking starts it
+        with deaf_children(): self.broken = not self.pool.active  # asking starts it
 
     def close(self):
         "End the process."
@@ -293,11 +297,11 @@ def stop(self: LocalEngine):
         with ThreadPoolExecutor(len(begun)) as threads: list(threads.map(_Slot.close, begun))
     self.slots.clear()
 
-# %% ../nbs/01_jobs.ipynb #fd6f3a14
+# %% ../nbs/01_jobs.ipynb #ac195a1a
 ENGINES = 'local', 'dask'
 
 def make_engine(
-    engine,          # 'local', 'dask', a `distributed.Client`, or an `Engine`, which has workers and a time limit of its own
+    engine,          # 'local', 'dask', the address of a Dask scheduler, a `distributed.Client`, or an `Engine`, which has workers and a time limit of its own
     workers: int,    # number of workers; 0 to run in this process
     timeout: float,  # seconds allowed per attempt, None for no limit
 ) -> Engine:         # not started
@@ -308,6 +312,7 @@ def make_engine(
         if timeout is not None: raise bad_value('timeout', timeout, 'None beside an Engine', 'Give the limit to the engine.')
         return engine
     if type(engine).__module__.startswith('distributed.'): return _cluster().DaskEngine(None, timeout, engine)
+    if isinstance(engine, str) and '://' in engine: return _cluster().DaskEngine(None, timeout, engine)
     if engine not in ENGINES: raise bad_value('engine', engine, ENGINES)
     if engine == 'dask': return _cluster().DaskEngine(workers, timeout)
     return InlineEngine(0, timeout) if workers == 0 else LocalEngine(workers, timeout)
@@ -409,16 +414,17 @@ def write(self: Ledger,
         self.synced = time.monotonic()
     return replace(result, value=json.loads(line).get('value'))
 
-# %% ../nbs/01_jobs.ipynb #04bdaa48
+# %% ../nbs/01_jobs.ipynb #084d2936
 class _Job:
     "One run over a series of tasks."
-    def __init__(self, function, tasks, engine: Engine, ledger: Ledger, retries: int, in_flight: int):
+    def __init__(self, function, tasks, engine: Engine, ledger: Ledger, retries: int, in_flight):
         self.function, self.source, self.engine, self.ledger = function, iter(tasks), engine, ledger
         self.retries, self.in_flight = retries, in_flight
         self.seen, self.order, self.ready, self.running = set(), deque(), {}, {}
 
     def room(self) -> int:
         "How many tasks may be under way: a cluster can grow"
+        if callable(self.in_flight): return self.in_flight(self.engine.workers)
         return self.in_flight or (1 if isinstance(self.engine, InlineEngine) else 4 * self.engine.workers)
 
     def results(self):
@@ -453,7 +459,7 @@ class _Job:
             result = TaskResult(key, outcome.value, error, attempt, outcome.seconds)
             self.ready[key] = self.ledger.write(result) if self.ledger else result
 
-# %% ../nbs/01_jobs.ipynb #b363bdc1
+# %% ../nbs/01_jobs.ipynb #c4f3ef6e
 def run_tasks(
     function,                   # importable function, called with the arguments of each task
     tasks,                      # iterable, perhaps endless, of `Task` or (key, arguments)
@@ -465,13 +471,13 @@ def run_tasks(
     ledger_config = None,       # all that decides the values, any JSON; a ledger of another one is refused
     show_progress: bool = False,# bar on the error stream; None for one if that is a terminal
     description: str = '',      # label of the bar
-    engine = 'local',           # 'local', 'dask', a `distributed.Client`, or an `Engine`
-    in_flight: int = None,      # tasks taken but not yet yielded; default 4 per worker
+    engine = 'local',           # 'local', 'dask', 'tcp://host:8786', a `distributed.Client`, or an `Engine`
+    in_flight = None,           # tasks taken but not yet yielded, or a function of the number of workers; default 4 per worker
 ):                              # iterator of `TaskResult`, in the order of the tasks
     "Run a function over many tasks; crashes, timeouts and exceptions become results with an `error`."
     if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0: raise bad_value('retries', retries, 'an integer, 0 or more')
     engine = make_engine(engine, workers, timeout)
-    if in_flight is not None and in_flight < 1: raise bad_value('in_flight', in_flight, '1 or more')
+    if in_flight is not None and not callable(in_flight) and in_flight < 1: raise bad_value('in_flight', in_flight, '1 or more')
     if not isinstance(engine, InlineEngine): _check_importable(function)
     total = len(tasks) if hasattr(tasks, '__len__') else None
     book = None if ledger is None else Ledger(ledger, ledger_config)
