@@ -45,7 +45,7 @@ def file_system(
         raise bad_value('url', url, 'a place that fsspec can open', remedy) from error
     return system, path.rstrip('/')
 
-# %% ../nbs/06_remote.ipynb #d13a0662
+# %% ../nbs/06_remote.ipynb #e3f5107a
 class Remote(NamedTuple):
     "A file at a URL, as a listing tells it."
     url: str
@@ -65,10 +65,10 @@ def _described(system, info):
 
 
 @contextmanager
-def _told(url, what, but=DatatoolsError):
+def _told(url, what, but=()):
     "Trouble with a store, which every one of them calls otherwise, as a `DatatoolsError`; `but` stays what it is"
     try: yield
-    except (DatatoolsError, but): raise
+    except (DatatoolsError, *but): raise
     except Exception as error: raise DatatoolsError(f'{url} could not be {what}: {type(error).__name__}: {error}. What was finished is kept: try again.') from error
 
 
@@ -86,13 +86,15 @@ def list_files(
     names = {name[len(base):].lstrip('/'): info for name, info in found.items() if info['type'] == 'file' and not fnmatch(PurePosixPath(name).name, UNFINISHED)}
     return {name: _described(system, names[name]) for name in sorted(names) if not suffixes or name.lower().endswith(tuple(suffixes))}
 
-# %% ../nbs/06_remote.ipynb #028ca747
+# %% ../nbs/06_remote.ipynb #da05da83
 def read_at(
-    url: str,  # of a file
-) -> bytes:    # FileNotFoundError where there is none; other trouble is a `DatatoolsError`, because it may pass
-    "The content of a file at a URL."
+    url: str,          # of a file
+    most: int = None,  # bytes; of a longer file only the first so many are read
+) -> bytes:
+    "The content of a file at a URL; `FileNotFoundError` or `IsADirectoryError` where there is none, other trouble may pass and is a `DatatoolsError`."
     system, path = file_system(url)
-    with _told(url, 'read', FileNotFoundError): return system.cat_file(path)
+    with _told(url, 'read', (FileNotFoundError, IsADirectoryError)):
+        return system.cat_file(path, end=most) if most is not None and system.size(path) > most else system.cat_file(path)
 
 # %% ../nbs/06_remote.ipynb #c4f3de15
 TRANSFERS = 8  # at a time: waiting for an answer takes longer than most files

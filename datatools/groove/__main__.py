@@ -8,7 +8,7 @@ __all__ = ['app', 'clear_errors', 'LoopsDir', 'Filelist', 'Model', 'groove', 'Dr
            'readable', 'eval_command', 'info_command', 'model_stats', 'verify_command', 'stats_command',
            'export_command']
 
-# %% ../../nbs/groove/19_main.ipynb #1c27ec07
+# %% ../../nbs/groove/19_main.ipynb #e618bf81
 import json
 import logging
 import sys
@@ -67,9 +67,9 @@ def choose_store(train_mode, store):
         raise bad_value('--store', store.value, 'memory with --train-mode memory; memmap or sqlite with --train-mode stream', 'Leave one of the two out.')
     return store.value
 
-# %% ../../nbs/groove/19_main.ipynb #44c961dd
-LoopsDir = Annotated[Optional[Path], typer.Argument(metavar='LOOPS_DIR', help='Directory with .mid files; all below it are taken.')]
-Filelist = Annotated[Optional[str], typer.Option('--from-filelist', metavar='FILE', help='List of files, one per line; - reads standard input.')]
+# %% ../../nbs/groove/19_main.ipynb #59dff43c
+LoopsDir = Annotated[Optional[str], typer.Argument(metavar='LOOPS_DIR', help='Directory with .mid files, here or at a URL such as s3://bucket/loops; all below it are taken.')]
+Filelist = Annotated[Optional[str], typer.Option('--from-filelist', metavar='FILE', help='List of files or URLs, one per line, here or at a URL; - reads standard input.')]
 
 
 Model = Annotated[Path, typer.Argument(metavar='MODEL', callback=existing, help='Model file.')]
@@ -286,6 +286,6 @@ def export_command(
         counts = write_arpa(GrooveModel.load(model, verify=True), arpa)
         show(dict(output=str(arpa), ngrams={f'order {order}': count for order, count in counts.items()}), as_json)
 
-# %% ../../nbs/groove/19_main.ipynb #810fbab1
+# %% ../../nbs/groove/19_main.ipynb #d213116b
 #| eval: false
 if __name__ == '__main__' and not in_notebook(): app(prog_name='python -m datatools.groove')

@@ -9,10 +9,11 @@ __all__ = ['MIDI_SUFFIXES', 'KEPT', 'LARGEST_FILE', 'BATCH_FILES', 'BATCH_ONSETS
            'load_checkpoint', 'BadFile', 'train_model', 'skip_report_path', 'write_skip_report', 'merge_skip_reports',
            'open_part', 'merge_files', 'auto_resolution']
 
-# %% ../../nbs/groove/16_train.ipynb #ae0aa432
+# %% ../../nbs/groove/16_train.ipynb #d3981cf1
 import csv
 import gc
 import hashlib
+import io
 import json
 import logging
 import os
@@ -39,6 +40,7 @@ from .midi import Fault, MidiFault, read_drums
 from .model import (MODEL_KIND, GrooveModel, add_totals, as_events, check_mergeable, count_events, empty_totals, note_kept,
     is_complete, shard_coverage, table_layout, write_model)
 from ..jobs import run_tasks
+from ..remote import is_url, list_files, read_at
 
 # %% ../../nbs/groove/16_train.ipynb #bb39a6ef
 MIDI_SUFFIXES = ('.mid', '.midi')
@@ -66,13 +68,14 @@ class FileList:
         first = np.unique(codes, return_index=True)[1]
         self.duplicates = frozenset() if len(first) == len(codes) else frozenset(np.setdiff1d(np.arange(len(codes)), first).tolist())
 
-# %% ../../nbs/groove/16_train.ipynb #1ad19cd8
+# %% ../../nbs/groove/16_train.ipynb #13b09b8d
 @patch(cls_method=True)
 def from_directory(cls:FileList,
-    directory,           # searched with everything below it
+    directory,           # searched with everything below it; a URL may also be a pattern with * or ?
     max_files:int=None,  # take only so many
 ):                       # -> FileList
     "All MIDI files below a directory; raises `UsageError` if it is not one"
+    if is_url(directory): return _at_url(cls, directory, max_files)
     if not os.path.isdir(directory): raise bad_value('LOOPS_DIR', str(directory), 'a directory', 'Use --from-filelist for a list of files.')
     def stop(error): raise error
     found = sorted(os.path.relpath(os.path.join(folder, name), directory)
@@ -87,9 +90,18 @@ def from_file(cls:FileList,
 ):                       # -> FileList
     "A list of files; raises `UsageError` if it cannot be read"
     if str(source) == '-': return cls(_names(sys.stdin.buffer), None, max_files)
+    if is_url(source): return cls(_names(io.BytesIO(read_at(source))), None, max_files)
     try: file = open(source, 'rb')
     except OSError as error: raise bad_value('--from-filelist', str(source), 'a readable file, or -', str(error)) from error
     with file: return cls(_names(file), None, max_files)
+
+
+def _at_url(cls, url, max_files):
+    "The MIDI files at a URL; they have the names that they have in a directory of this machine"
+    found = list_files(url, MIDI_SUFFIXES)
+    if not found: raise bad_value('LOOPS_DIR', url, 'a directory with MIDI files', f'There is none ({", ".join(MIDI_SUFFIXES)}).')
+    name, first = next(iter(found.items()))
+    return cls(found, first.url.removesuffix(name).rstrip('/'), max_files)
 
 # %% ../../nbs/groove/16_train.ipynb #1e86d72f
 @patch
@@ -151,12 +163,13 @@ class SkippedFile(Exception):
     "A file that is not counted, and why"
     def __init__(self, status, detail=''): self.status, self.detail = status, detail
 
-# %% ../../nbs/groove/16_train.ipynb #4902333c
+# %% ../../nbs/groove/16_train.ipynb #808d6683
 def read_bytes(
-    path,         # a file
+    path,         # a file, or a URL
     least:int,    # smaller files are skipped
 )->bytes:
-    "The content of a file; raises `SkippedFile`"
+    "The content of a file; raises `SkippedFile`, but `DatatoolsError` where a store does not answer: that may pass"
+    if is_url(path): return _read_remote(path, least)
     try:
         number = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0))  # a pipe must not make us wait
         try:
@@ -172,17 +185,32 @@ def read_bytes(
     except (FileNotFoundError, NotADirectoryError) as error: raise SkippedFile(Skip.missing, str(error)) from error
     except (OSError, ValueError) as error: raise SkippedFile(Skip.unreadable, str(error)) from error
 
-# %% ../../nbs/groove/16_train.ipynb #1793a36a
+
+def _read_remote(url, least):
+    "The content of a file at a URL; raises `SkippedFile`"
+    try: data = read_at(url, LARGEST_FILE + 1)
+    except FileNotFoundError as error: raise SkippedFile(Skip.missing, str(error)) from error
+    except IsADirectoryError as error: raise SkippedFile(Skip.directory) from error
+    if len(data) > LARGEST_FILE: raise SkippedFile(Skip.too_large)
+    if len(data) < least: raise SkippedFile(Skip.below_min_bytes, f'{len(data)} bytes')
+    return data
+
+# %% ../../nbs/groove/16_train.ipynb #f0781346
+def _place(path):
+    "A path that means the same in another folder"
+    return path if is_url(path) else os.path.abspath(path)
+
+
 def metadata_value(
     path,      # of a MIDI file
     key:str,   # wanted
     table,     # path → value from --aux-csv, or None: look at the .meta.yaml beside the file
 ):             # str, or None if there is none
     "The value of the aux key for a file; raises `SkippedFile` where metadata is there but cannot be read"
-    if table is not None: return table.get(os.path.abspath(path))
+    if table is not None: return table.get(_place(path))
     beside = os.path.splitext(path)[0] + '.meta.yaml'
     try:
-        with open(beside, 'rb') as file: facts = yaml.load(file, getattr(yaml, 'CSafeLoader', yaml.SafeLoader))
+        facts = yaml.load(read_at(beside) if is_url(beside) else Path(beside).read_bytes(), getattr(yaml, 'CSafeLoader', yaml.SafeLoader))
     except FileNotFoundError: return None
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error: raise SkippedFile(Skip.bad_metadata, f'{beside}: {error}') from error
     if facts is None: return None
@@ -195,7 +223,7 @@ def metadata_value(
 def read_aux_csv(
     path,     # CSV file with a column midi_filename, path or filename, relative to the file itself
     key:str,  # column wanted
-)->dict:      # absolute path → value
+)->dict:      # absolute path or URL → value
     "A metadata table; raises `UsageError` where a column is missing, `FormatError` where a row is damaged"
     values, folder = {}, os.path.dirname(os.path.abspath(path))
     with open(path, newline='', encoding='utf-8-sig') as file:
@@ -207,11 +235,12 @@ def read_aux_csv(
             if key not in columns: raise bad_value('--aux-key', key, columns)
             for row in reader:
                 if row[names[0]] is None or row[key] is None: raise csv.Error('a row is shorter than the head')
-                if row[key]: values[os.path.normpath(os.path.join(folder, row[names[0]]))] = row[key]
+                name = row[names[0]]
+                if row[key]: values[name if is_url(name) else os.path.normpath(os.path.join(folder, name))] = row[key]
         except (csv.Error, UnicodeDecodeError) as error: raise FormatError(f'{path}, line {reader.line_num}: {error}. Mend the table.') from error
     return values
 
-# %% ../../nbs/groove/16_train.ipynb #b727d467
+# %% ../../nbs/groove/16_train.ipynb #96df6f2b
 BATCH_FILES, BATCH_ONSETS = 256, 1 << 16  # a batch ends at either
 
 
@@ -232,7 +261,7 @@ def _read_file(path, is_duplicate, config, table):
     value = None if config.aux_key is None else metadata_value(path, config.aux_key, table)
     return events, tempo, value, unmapped, doubled
 
-# %% ../../nbs/groove/16_train.ipynb #07525d61
+# %% ../../nbs/groove/16_train.ipynb #f115ebaf
 def count_files(
     files,                # list of (path, is duplicate)
     config:GrooveConfig,  # what is counted
@@ -275,7 +304,7 @@ def count_files_apart(
     batch = count_files(files, config, table, fail_fast, store)
     return replace(batch, tables={name: next(store.blocks(name)) for name in store.names()})
 
-# %% ../../nbs/groove/16_train.ipynb #c29c591c
+# %% ../../nbs/groove/16_train.ipynb #2eedfaf3
 @dataclass
 class Run:
     "How to train; nothing here changes the model"
@@ -320,7 +349,7 @@ class Run:
         if self.store == 'sqlite': return SqliteStore(self.db_path, layouts, self.hash_buckets, room)
         return MemoryStore(layouts, self.hash_buckets, room and room * 2)
 
-# %% ../../nbs/groove/16_train.ipynb #85ad46a5
+# %% ../../nbs/groove/16_train.ipynb #b9818a23
 CHECKPOINT_KIND, CHECKPOINT_VERSION = 'groove checkpoint', 1
 
 
@@ -393,7 +422,7 @@ def load_checkpoint(
     header, statuses = (file.header, file['status']) if own is None else own
     return Progress(facts, header['totals'], bytes(statuses))
 
-# %% ../../nbs/groove/16_train.ipynb #8f7dc288
+# %% ../../nbs/groove/16_train.ipynb #536d58a5
 LOG = logging.getLogger('datatools.groove')
 
 
@@ -414,7 +443,7 @@ def _counted(batches, config, run, table, store):
     if run.n_jobs == 1:
         for files in batches: yield count_files(files, config, table, run.fail_fast, store)
         return
-    def own(files): return table and {name: table[name] for name in (os.path.abspath(path) for path, _ in files) if name in table}
+    def own(files): return table and {name: table[name] for name in (_place(path) for path, _ in files) if name in table}
     tasks = ((str(number), (files, config, own(files), run.fail_fast, run.hash_buckets)) for number, files in enumerate(batches))
     for result in run_tasks(count_files_apart, tasks, workers=run.n_jobs):
         if result.error: raise result.error
@@ -489,7 +518,7 @@ def _begin(run, config, files, facts, checkpoint, finished, store):
     store.settle()
     return Progress(facts)
 
-# %% ../../nbs/groove/16_train.ipynb #acdfd89d
+# %% ../../nbs/groove/16_train.ipynb #5d3351a7
 def _finished(output, finished, facts):
     "The model at `output` if this run made it, None if there is none; raises `MismatchError` if another run did"
     if not (finished.exists() and output.exists()): return None
@@ -510,7 +539,7 @@ def train_model(
     table = read_aux_csv(run.aux_csv, config.aux_key) if run.aux_csv else None
     if table is not None: config = replace(config, aux_csv=hash_file(run.aux_csv))
     coverage = shard_coverage(files.hash, run.shard_index, run.num_shards)
-    base = None if files.base is None else os.path.abspath(files.base)
+    base = None if files.base is None else _place(files.base)
     facts = dict(config=config.to_dict(), list_hash=files.hash, base=base, shard_index=run.shard_index, num_shards=run.num_shards)
     if output.exists() and not output.is_file(): raise bad_value('output', str(output), 'a regular file or a new name')
     folder = Path(run.checkpoint_dir or f'{output}.checkpoints')
