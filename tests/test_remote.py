@@ -2,6 +2,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 
 import fsspec
 import pytest
@@ -9,7 +11,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from datatools import remote
 from datatools.core import DatatoolsError, FormatError, UsageError
+from datatools.groove.events import GrooveConfig
+from datatools.groove.train import FileList, train_model
 from datatools.remote import is_url, list_files, local_copy, read_at, stage_in, stage_out, staging_folder
+from datatools.testing import write_drum_corpus
 
 
 class _Breaking(io.BytesIO):
@@ -184,3 +189,28 @@ def test_copies_of_data_sets(tmp_path, monkeypatch):
     copy = local_copy('memory://set')
     assert copy == local_copy('memory://set/') == staging_folder('memory://set') and (copy/'manifest.json').exists()
     assert staging_folder('memory://set').stat().st_uid == os.getuid() and not is_url(str(copy))
+
+
+def run_command(module, *arguments, **environment):
+    return subprocess.run([sys.executable, '-m', module, *map(str, arguments)], capture_output=True, text=True, env=dict(os.environ, **environment))
+
+
+def test_groove_counts_a_corpus_at_a_url(tmp_path):
+    write_drum_corpus(tmp_path/'corpus', 12)
+    (tmp_path/'list.txt').write_text(''.join(f'file://{path}\n' for path in sorted((tmp_path/'corpus').rglob('*.mid'))))
+    made = {}
+    for name, given in dict(here=[tmp_path/'corpus'], there=[f'file://{tmp_path}/corpus'], pattern=[f'file://{tmp_path}/corpus/*.mid'],
+                            listed=['--from-filelist', f'file://{tmp_path}/list.txt']).items():
+        done = run_command('datatools.groove', 'train', *given, '-o', tmp_path/f'{name}.model', '--workers', 2 if name == 'there' else 1)
+        assert done.returncode == 0, done.stderr
+        made[name] = (tmp_path/f'{name}.model').read_bytes()
+    assert made['here'] == made['there'] == made['pattern'] and len(made['listed']) == len(made['here'])
+    done = run_command('datatools.groove', 'train', f'file://{tmp_path}/nowhere', '-o', tmp_path/'x.model')
+    assert done.returncode == 2 and 'a directory with MIDI files' in done.stderr
+
+
+def test_a_store_that_does_not_answer_stops_the_count(faulty, tmp_path, monkeypatch):
+    faulty.pipe_file('/in/a.mid', b'')
+    def refuse(self, path, **_): raise ConnectionResetError('the line broke')
+    monkeypatch.setattr(FaultyFileSystem, 'cat_file', refuse)
+    with pytest.raises(DatatoolsError, match='the line broke'): train_model(FileList.from_directory('faulty://in'), tmp_path/'m.groove', GrooveConfig())  # and does not call the file unreadable
