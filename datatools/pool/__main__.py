@@ -9,7 +9,7 @@ __all__ = ['app', 'Directories', 'Directory', 'Parent', 'Ranges', 'PoolSize', 'M
            'compress_command', 'decompress_command', 'mix_report_command', 'stream_of', 'save_plot', 'train_command',
            'board_size_of', 'sweep_command', 'space_of']
 
-# %% ../../nbs/pool/39_main.ipynb #5ece7724
+# %% ../../nbs/pool/39_main.ipynb #23074126
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Annotated, List, Optional
 import typer
 from fastcore.imports import in_notebook
 
-from ..console import Device, Group, Json, OutputDir, Progress, Resume, Seed, Workers, clear_errors, existing, shared, show
+from ..console import Device, EngineName, Group, Json, OutputDir, Progress, Resume, Scheduler, Seed, Workers, clear_errors, engine_of, existing, shared, show
 from ..core import FormatError, UsageError
 from .describe import facts_of, shard_directories
 from .shards import ShardDirectory
@@ -55,7 +55,7 @@ def weights_of(
     try: return [float(each) for each in text.split(',')]
     except ValueError: raise UsageError(f"weights={text} is not understood: allowed are 'rows', 'shards', or a number for each directory, such as 3,1.") from None
 
-# %% ../../nbs/pool/39_main.ipynb #b5e79edf
+# %% ../../nbs/pool/39_main.ipynb #6c4de952
 @app.command('make-shards', short_help='Play games of Hex and write their positions.')
 def make_shards_command(
     output_dir:OutputDir = ...,
@@ -63,6 +63,8 @@ def make_shards_command(
     board_size:Annotated[int, typer.Option(help='Rows of the board.')] = 13,
     games_per_shard:Annotated[Optional[int], typer.Option(help='Games in a shard. [default: 500, or fewer where that would not make ten shards]')] = None,
     workers:Workers = 1,
+    engine:EngineName = None,
+    scheduler:Scheduler = None,
     seed:Seed = 0,
     show_progress:Progress = None,
     as_json:Json = False,
@@ -72,7 +74,7 @@ def make_shards_command(
     from datatools.pool.play import SOURCES, make_shards
     with clear_errors('Interrupted. What was played is safe: the same command goes on from there.', dict(output='--output-dir')):
         sources = SOURCES if games is None else [replace(source, games=games) for source in SOURCES]
-        made = make_shards(output_dir, sources, HexCodec(board_size), games_per_shard, seed, workers, show_progress)
+        made = make_shards(output_dir, sources, HexCodec(board_size), games_per_shard, seed, workers, show_progress, engine_of(engine, scheduler, show_progress))
         show({'output_dir': str(output_dir)} | {directory.path.name: f'{len(directory):,} positions in {len(directory.shards)} shards' for directory in made}, as_json)
 
 
@@ -86,6 +88,8 @@ def convert_command(
     group_by_game:Annotated[bool, typer.Option('--group-by-game/--file-order', help='Bring the positions of each game together, or keep the order of the files.')] = True,
     game_ids:Annotated[GameIds, typer.Option(help='What a game_id names: a game in all files, in its own file, or nothing to rely on.')] = 'global',
     workers:Workers = 1,
+    engine:EngineName = None,
+    scheduler:Scheduler = None,
     resume:Resume = False,
     show_progress:Progress = None,
     as_json:Json = False,
@@ -93,7 +97,7 @@ def convert_command(
     "Turn pickled examples into shards; no pickle is trusted, and every example is checked."
     from datatools.pool.legacy import convert
     with clear_errors('Interrupted. Files that were read are safe: the same command with --resume goes on from there.', dict(inputs='INPUTS', output='--output-dir')):
-        made = convert(inputs, output_dir, workers, resume, rows_per_shard, board_size, soft_policy, group_by_game, game_ids.value, show=show_progress)
+        made = convert(inputs, output_dir, workers, resume, rows_per_shard, board_size, soft_policy, group_by_game, game_ids.value, show=show_progress, engine=engine_of(engine, scheduler, show_progress))
         show(facts_of(made), as_json)
 
 # %% ../../nbs/pool/39_main.ipynb #839e6dc6
@@ -305,6 +309,6 @@ def _value(text):
         except ValueError: continue
     return text
 
-# %% ../../nbs/pool/39_main.ipynb #efdb7d02
+# %% ../../nbs/pool/39_main.ipynb #54250521
 #| eval: false
 if __name__ == '__main__' and not in_notebook(): app(prog_name='python -m datatools.pool')

@@ -126,7 +126,7 @@ def scan_pickle(
     if place != len(content): raise FormatError(f'{name}: {len(content) - place:,} bytes follow the pickle. Copy or make the file again.')
     return place
 
-# %% ../../nbs/pool/32_legacy.ipynb #0e267baf
+# %% ../../nbs/pool/32_legacy.ipynb #da71f4d5
 class _Refused(ValueError):
     "What a pickle does that it must not: the rest of a sentence that begins 'the pickle'"
 
@@ -162,7 +162,7 @@ class ArrayStandIn:
         if not sound: _refuse('holds an array that is not made of plain bytes')
         self.array = np.frombuffer(raw, stand_in.dtype).reshape(shape, order='F' if fortran else 'C')
 
-# %% ../../nbs/pool/32_legacy.ipynb #0b7c1e99
+# %% ../../nbs/pool/32_legacy.ipynb #40d23dbd
 class Callable:
     "What a pickle may call: a checked `function`, without attributes"
     __slots__ = ('_function',)
@@ -190,7 +190,7 @@ def _member(value):
     "A member of one of the enumerations of the legacy program: its number"
     return value if type(value) is int else _refuse(f'holds a player or winner {value!r}, which is not a number')
 
-# %% ../../nbs/pool/32_legacy.ipynb #8dbdf080
+# %% ../../nbs/pool/32_legacy.ipynb #4fc66a53
 class Encoder:
     "Text to bytes in Latin-1, `total_bytes` in all at most"
     __slots__ = ('_left',)
@@ -211,7 +211,7 @@ STAND_INS = {'numpy.ndarray': NDARRAY, 'numpy.dtype': Callable(DtypeStandIn),
              **{name: Callable(_member) for name in ('hex_ai.enums.Player', 'hex_ai.enums.Winner', 'hex_ai.value_utils.Player')}}
 ALLOWED = (*STAND_INS, '_codecs.encode')
 
-# %% ../../nbs/pool/32_legacy.ipynb #43ff7ca4
+# %% ../../nbs/pool/32_legacy.ipynb #8f9b05a6
 class RestrictedUnpickler(pickle.Unpickler):
     "Python's pickle machine over `content` (bytes) with ten names, all of them stand-ins"
     def __init__(self, content):
@@ -290,7 +290,7 @@ def board_size_of(
     if len(shape) != 3 or shape[0] != 2 or shape[1] != shape[2]: raise _fault(path, 0, f'board has shape {shape}, expected (2, n, n)')
     return shape[1]
 
-# %% ../../nbs/pool/32_legacy.ipynb #677b3b68
+# %% ../../nbs/pool/32_legacy.ipynb #891e3e9b
 KEYS = ('board', 'policy', 'value', 'player_to_move')
 GAME_IDS = ('global', 'file', 'none')  # what a game id names: a game in all files, only in its own, or ids are not used
 
@@ -516,7 +516,7 @@ def game_order(
     _, first, which = np.unique(game, return_index=True, return_inverse=True)
     return np.lexsort((ply, first[which]))
 
-# %% ../../nbs/pool/32_legacy.ipynb #ff6b2b36
+# %% ../../nbs/pool/32_legacy.ipynb #ce36288f
 RECORD, PARTS = 'conversion.json', '.conversion'  # beside the manifest: what was converted; while it goes on: ledger and parts
 
 
@@ -528,15 +528,15 @@ def _options(board_size, soft_policy, game_ids, source_number):
     return dict(soft_policy=bool(soft_policy), game_ids=game_ids, source_number=source_number)
 
 
-def _make_parts(files, output, options, limit_bytes, workers, show):
+def _make_parts(files, output, options, limit_bytes, workers, show, engine):
     "Convert every file to a part; the parts and what is known of them, in the order of the files"
     tasks, parts = [], []
     for file in files:
         status = file.stat()
         key = f'{file.absolute()}|{status.st_size}|{status.st_mtime_ns}'
-        parts.append(output/PARTS/f'{config_hash(key)[:32]}{SUFFIX}')
-        tasks.append(Task(key, (file, parts[-1], options['soft_policy'], options['game_ids'], options['source_number'], limit_bytes)))
-    results = [*run_tasks(convert_file, tasks, workers=workers, ledger=output/PARTS/'ledger', ledger_config=options, show_progress=show, description='convert')]
+        parts.append((output/PARTS/f'{config_hash(key)[:32]}{SUFFIX}').absolute())
+        tasks.append(Task(key, (file.absolute(), parts[-1], options['soft_policy'], options['game_ids'], options['source_number'], limit_bytes)))
+    results = [*run_tasks(convert_file, tasks, workers=workers, ledger=output/PARTS/'ledger', ledger_config=options, show_progress=show, description='convert', engine=engine)]
     wrong = [result.error.message.removeprefix('FormatError: ') if result.error.message.startswith('FormatError: ') else f'{file}: {result.error}'
              for file, result in zip(files, results) if result.error]
     if wrong:
@@ -596,7 +596,7 @@ def _check_output(output, resume):
     if output.exists() and shard_files(output) and not (output/RECORD).exists():
         raise bad_value('output', str(output), 'a new directory', f'It holds shards that were not converted: there is no {RECORD}.')
 
-# %% ../../nbs/pool/32_legacy.ipynb #e9467ecb
+# %% ../../nbs/pool/32_legacy.ipynb #e7c92afa
 def convert(
     inputs,                         # a path or a list of paths: legacy files, or directories of them
     output,                         # directory of shards to make
@@ -610,6 +610,7 @@ def convert(
     source_number:int=0,            # 0 … 255, goes into the records
     limit_bytes:int=LIMIT_BYTES,    # most decompressed bytes allowed for a file
     show:bool=False,                # a progress bar
+    engine='local',                 # where the workers are, see `run_tasks`
 ):                                  # the `ShardDirectory`
     "Convert legacy files to a directory of shards; every example is checked"
     files, output = find_legacy_files(inputs), Path(output)
@@ -620,7 +621,7 @@ def convert(
     _check_output(output, resume)
     if done := _finished(output, wanted, board_size): return done
     (output/PARTS).mkdir(parents=True, exist_ok=True)
-    parts, facts = _make_parts(files, output, options, limit_bytes, workers, show)
+    parts, facts = _make_parts(files, output, options, limit_bytes, workers, show, engine)
     _agree(files, facts, board_size)
     joined = _Parts(parts)
     described = [fact | dict(bytes=size) for fact, (_, size) in zip(facts, sizes)]

@@ -183,7 +183,7 @@ def play_games(
     records, number = game_records(codec, moves, lengths, winners, source)
     return records, seeds[number]
 
-# %% ../../nbs/pool/31_play.ipynb #f6189ae8
+# %% ../../nbs/pool/31_play.ipynb #f5c39c54
 @dataclass(frozen=True)
 class GameSource:
     "A kind of games, and the directory they go into"
@@ -211,9 +211,9 @@ def _shard_tasks(output, sources, codec, games_per_shard, seed):
     for number, source in enumerate(sources):
         for shard, first in enumerate(range(0, source.games, games_per_shard)):
             key = f'{source.name}/shard_{shard:04d}.records'
-            yield key, (str(output/key), facts, asdict(source), number, first, min(first + games_per_shard, source.games), seed)
+            yield key, (str((output/key).absolute()), facts, asdict(source), number, first, min(first + games_per_shard, source.games), seed)
 
-# %% ../../nbs/pool/31_play.ipynb #3925ec5e
+# %% ../../nbs/pool/31_play.ipynb #6ac299e5
 def make_shards(
     output,                        # directory for the directories
     sources = SOURCES,             # `GameSource`s
@@ -222,6 +222,7 @@ def make_shards(
     seed: int = 0,                 # decides everything
     workers: int = 1,              # processes; 0 for this one
     show_progress = None,          # a bar; None for one if the error stream is a terminal
+    engine = 'local',              # where the workers are, see `run_tasks`
 ) -> list:                         # a `ShardDirectory` per source
     "Directories of self-played games; stopped at any time it resumes, with any number of workers it gives the same bytes"
     output, names = Path(output), [source.name for source in sources]
@@ -234,7 +235,7 @@ def make_shards(
     config = dict(sources=[asdict(source) for source in sources], codec=codec.facts(), games_per_shard=games_per_shard, seed=seed)
     tasks = [*_shard_tasks(output, sources, codec, games_per_shard, seed)]
     for result in run_tasks(_make_shard, tasks, workers=workers, ledger=output/'make_shards.ledger', ledger_config=config,
-                            show_progress=show_progress, description='shards'):
+                            show_progress=show_progress, description='shards', engine=engine):
         if result.error: raise DatatoolsError(f'{output/result.key}: {result.error.message}. Run it again to go on.')
         _check_made(output/result.key, result.value)
     return [finish_directory(output/source.name, codec, f'self-play, skill {source.skill}, seed {seed}') for source in sources]

@@ -6,7 +6,7 @@
 __all__ = ['app', 'Inputs', 'Store', 'Windows', 'SameWindows', 'stft', 'Numbers', 'Durability', 'precompute_command',
            'info_command', 'verify_command']
 
-# %% ../../nbs/stft/29_main.ipynb #8c5de876
+# %% ../../nbs/stft/29_main.ipynb #fb4dd586
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, List, Optional
@@ -14,7 +14,7 @@ from typing import Annotated, List, Optional
 import typer
 from fastcore.imports import in_notebook
 
-from ..console import Device, Group, Json, Progress, Resume, Workers, clear_errors, echo, existing, shared, show
+from ..console import Device, EngineName, Group, Json, Progress, Resume, Scheduler, Workers, clear_errors, echo, engine_of, existing, shared, show
 from ..core import FormatError, UsageError
 from .describe import store_facts
 from .precompute import PrecomputeOptions, precompute, verify_store
@@ -65,7 +65,7 @@ def _check_sides(summary, output_dir, val_wanted):
     if not train: echo(f'{output_dir}/train.lmdb has no items: all files that could be used validate.', err=True)
     if not val and val_wanted: echo(f'{output_dir}/val.lmdb has no items: choose another share, or name files with --val-list.', err=True)
 
-# %% ../../nbs/stft/29_main.ipynb #cc3199e7
+# %% ../../nbs/stft/29_main.ipynb #b33e83a2
 @app.command('precompute')
 def precompute_command(
     inputs:Inputs,
@@ -82,6 +82,8 @@ def precompute_command(
     dtype:Annotated[Numbers, typer.Option(help='How spectra are stored.')] = 'float16',
     keep_audio:Annotated[bool, typer.Option('--keep-audio', help='Store the audio of an item, too.')] = False,
     workers:Annotated[int, shared('--workers', more=' that decode and transform; 0 for none but this one')] = 1,
+    engine:EngineName = None,
+    scheduler:Scheduler = None,
     resume:Resume = False,
     retry_refused:Annotated[bool, typer.Option('--retry-refused', help='With --resume: try the refused files again; nobody may read the stores meanwhile.')] = False,
     skip:Annotated[Optional[List[str]], typer.Option(help='Name of a file to be refused, whatever it holds; may be repeated.')] = None,
@@ -97,7 +99,7 @@ def precompute_command(
     with clear_errors('Interrupted. What was committed is safe: the same command with --resume goes on from there.', options):
         config = STFTConfig(sample_rate, _windows(n_fft, win), hop, 1 if mono else 2, segment_seconds, dtype.value)
         how = PrecomputeOptions(workers, device, durability.value, map_size, timeout, show_progress)
-        summary = precompute(inputs, output_dir, config, val_fraction, val_list, metadata, keep_audio, resume, retry_refused, skip or (), how)
+        summary = precompute(inputs, output_dir, config, val_fraction, val_list, metadata, keep_audio, resume, retry_refused, skip or (), how, engine=engine_of(engine, scheduler, show_progress))
         show(summary, True) if as_json else _print(summary)
         _check_sides(summary, output_dir, val_fraction > 0 or val_list is not None)
 
@@ -121,6 +123,6 @@ def verify_command(store:Store, as_json:Json = False, show_progress:Progress = N
         for problem in problems[:20]: echo(problem, err=True)
         if problems: raise FormatError(f'{store}: {len(problems)} problems. Resume the job that makes it, restore the file, or precompute it again.')
 
-# %% ../../nbs/stft/29_main.ipynb #6422a472
+# %% ../../nbs/stft/29_main.ipynb #40fd1fed
 #| eval: false
 if __name__ == '__main__' and not in_notebook(): app(prog_name='python -m datatools.stft')

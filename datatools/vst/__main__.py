@@ -7,7 +7,7 @@ __all__ = ['app', 'memory', 'clear_errors', 'clear_config_errors', 'Config', 'Se
            'PluginName', 'HEAD', 'Directory', 'vst', 'generate_command', 'show_estimate', 'incomplete',
            'inspect_command', 'isolation_command', 'info_command', 'verify_command']
 
-# %% ../../nbs/vst/50_main.ipynb #78ad3e50
+# %% ../../nbs/vst/50_main.ipynb #a0aeaacd
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import typer
 from fastcore.imports import in_notebook
 
 from .. import console
-from ..console import Json, Progress, Resume, existing, shared, show
+from ..console import EngineName, Json, Progress, Resume, Scheduler, engine_of, existing, shared, show
 from ..core import DatatoolsError, FormatError, bad_value
 from .config import GenerateConfig, load_config, parse_setting
 from .generate import estimate, generate
@@ -36,7 +36,7 @@ clear_config_errors = partial(console.clear_errors, memory=memory, options={key.
 @app.callback()
 def vst(): pass  # keeps the commands apart while there is only one
 
-# %% ../../nbs/vst/50_main.ipynb #74b23d27
+# %% ../../nbs/vst/50_main.ipynb #310ce49f
 Config = Annotated[str, typer.Option('--config', metavar='FILE', help='YAML file, or original_config.yaml or dataset_config_large.yaml, which come with the package.')]
 Settings = Annotated[List[str], typer.Option('--set', metavar='KEY=VALUE', help='Replaces a key of the file; can be given several times.')]
 
@@ -48,6 +48,8 @@ def generate_command(
     output_dir:Annotated[Optional[Path], shared('--output-dir', more='; replaces output_dir of the file')] = None,
     seed:Annotated[Optional[int], shared('--seed', more='; replaces seed of the file')] = None,
     workers:Annotated[Optional[int], shared('--workers', more='; replaces num_workers of the file')] = None,
+    engine:EngineName = None,
+    scheduler:Scheduler = None,
     resume:Resume = False,
     dry_run:Annotated[bool, typer.Option('--dry-run', help='Check everything, render a few samples for an estimate, write nothing.')] = False,
     show_progress:Progress = None,
@@ -59,7 +61,7 @@ def generate_command(
         settings = dict(map(parse_setting, setting)) | {key: value for key, value in given.items() if value is not None}
         wanted = load_config(config, **settings)
         if dry_run: return show_estimate(estimate(wanted, resume), as_json)
-        summary = generate(wanted, resume, show_progress)
+        summary = generate(wanted, resume, show_progress, engine_of(engine, scheduler, show_progress))
         message = summary.pop('message')
         show(dict(output_dir=wanted.output_dir, **summary), as_json)
         if not summary['complete']: raise DatatoolsError(incomplete(summary, message))
@@ -161,6 +163,6 @@ def verify_command(directory:Directory, show_progress:Progress = None, as_json:J
         show(report if as_json else {name: problems or 'sound' for name, problems in report.items()}, as_json)
         if unsound: raise FormatError(f'{directory}: {len(unsound)} of {len(report)} chunks are not sound. Remove files that are damaged, and run generate with --resume.')
 
-# %% ../../nbs/vst/50_main.ipynb #12b8c748
+# %% ../../nbs/vst/50_main.ipynb #08c3cedd
 #| eval: false
 if __name__ == '__main__' and not in_notebook(): app(prog_name='python -m datatools.vst')

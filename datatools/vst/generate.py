@@ -7,7 +7,7 @@ __all__ = ['PHRASES', 'HALF_MAXIMUM', 'BLOCK', 'HOPELESS', 'Job', 'chunk_path', 
            'write_phrases', 'Draw', 'draw', 'describe', 'judge', 'Sample', 'GivenUp', 'make_sample', 'render_block',
            'fit_notes', 'plan', 'generate', 'try_samples', 'estimate']
 
-# %% ../../nbs/vst/47_generate.ipynb #702f7785
+# %% ../../nbs/vst/47_generate.ipynb #5b5baf7c
 import errno
 import json
 import math
@@ -36,7 +36,7 @@ from .host import load_instrument, read_notes
 from .isolation import ISOLATIONS, KILLED, in_process, probe_instrument
 from .params import Note, ParamSpec, Patch, check_names, load_param_set
 
-# %% ../../nbs/vst/47_generate.ipynb #0cf54c4f
+# %% ../../nbs/vst/47_generate.ipynb #dc27b3c3
 @dataclass(frozen=True)
 class Job:
     "A data set to be made."
@@ -77,7 +77,7 @@ def chunk_layout(
 @lru_cache
 def _mel(sample_rate: int) -> MelSpectrogram: return MelSpectrogram(sample_rate)
 
-# %% ../../nbs/vst/47_generate.ipynb #e1c16cd5
+# %% ../../nbs/vst/47_generate.ipynb #e3375cef
 PHRASES = 'phrases.json'
 
 def midi_files(config: GenerateConfig) -> dict:  # name below the folder -> Path, in order
@@ -286,7 +286,7 @@ def plan(config: GenerateConfig) -> tuple:  # (`Job`, config for the manifest)
     decides = dict(content(config), parameters=spec.to_dict(), instrument=instrument, phrases=[[name, hash_file(path)] for name, path in files.items()])
     return Job(config, spec, len(files), config_hash(decides)), decides
 
-# %% ../../nbs/vst/47_generate.ipynb #0f5dde3b
+# %% ../../nbs/vst/47_generate.ipynb #1d96c8f7
 def _unfinished(job: Job) -> list:  # numbers of chunks
     "The chunks that have no final file; those that have one are looked at, quickly."
     missing = []
@@ -311,12 +311,12 @@ def _withdraw(config: GenerateConfig) -> None:
     for chunk in range(len(chunk_sizes(config))): partial_path(chunk_path(config, chunk)).unlink(missing_ok=True)
     for name in (PHRASES, Manifest.name): (Path(config.output_dir)/name).unlink(missing_ok=True)
 
-def _blocks(job: Job, chunks: list):
+def _blocks(job: Job, chunks: list, block: int):
     "Tasks for the samples of these chunks."
     sizes = chunk_sizes(job.config)
     for chunk in chunks:
-        for start in range(0, sizes[chunk], BLOCK):
-            stop = min(start + BLOCK, sizes[chunk])
+        for start in range(0, sizes[chunk], block):
+            stop = min(start + block, sizes[chunk])
             yield Task(f'{chunk}:{start}', (job, chunk, start, stop))
 
 def _check_directory(config: GenerateConfig, decides: dict, resume: bool) -> Manifest:  # None for a place that is free
@@ -371,7 +371,7 @@ def summary(self: _Account, complete: bool) -> dict:
                 rejections={cause: self.rejections[cause] for cause in CAUSES if self.rejections[cause]},
                 given_up={str(index): causes for index, causes in self.given_up.items()}, failed_blocks=len(self.failed))
 
-# %% ../../nbs/vst/47_generate.ipynb #1b033459
+# %% ../../nbs/vst/47_generate.ipynb #95ec3fdd
 _ENVIRONMENT = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM)]
 HOPELESS = 16  # samples given up, with none that could be made, before a run stops
 _HINTS = dict(silent='Is min_loudness too high, or does the plugin need initialization_timeout to load its sounds?', timeout='Is timeout_seconds too short?',
@@ -393,7 +393,10 @@ def _stop_if_hopeless(account: _Account) -> None:
 def _run(job: Job, chunks: list, account: _Account, bar, engine) -> None:
     "Render what is missing of these chunks."
     if not chunks: return
-    with closing(run_tasks(render_block, _blocks(job, chunks), workers=job.config.num_workers, retries=2, engine=engine)) as results:
+    places = {name: os.path.abspath(place) for name in ('output_dir', 'plugin_path', 'midi') if (place := getattr(job.config, name)) not in (None, 'builtin')}
+    job = replace(job, config=replace(job.config, **places))  # workers elsewhere do not know where we are
+    block = BLOCK if engine == 'local' else job.config.samples_per_file
+    with closing(run_tasks(render_block, _blocks(job, chunks, block), workers=job.config.num_workers, retries=2, engine=engine)) as results:
         for result in results:
             account.add(result, bar)
             _stop_if_hopeless(account)
@@ -472,7 +475,7 @@ def estimate(
                 free_bytes=shutil.disk_usage(place).free, workers=config.num_workers, seconds_per_sample=round(tried['seconds'], 4),
                 redraws_per_sample=tried['rejections'], seconds=round(seconds, 1), hours=round(seconds / 3600, 3))
 
-# %% ../../nbs/vst/47_generate.ipynb #09821374
+# %% ../../nbs/vst/47_generate.ipynb #fd5f84c9
 #| eval: false
 if __name__ == '__main__' and not in_notebook():
     from datatools.vst.__main__ import app
