@@ -9,7 +9,7 @@ __all__ = ['MIDI_SUFFIXES', 'KEPT', 'LARGEST_FILE', 'BATCH_FILES', 'BATCH_ONSETS
            'load_checkpoint', 'BadFile', 'train_model', 'skip_report_path', 'write_skip_report', 'merge_skip_reports',
            'open_part', 'merge_files', 'auto_resolution']
 
-# %% ../../nbs/groove/16_train.ipynb #d3981cf1
+# %% ../../nbs/groove/16_train.ipynb #141e80a1
 import csv
 import gc
 import hashlib
@@ -40,7 +40,7 @@ from .midi import Fault, MidiFault, read_drums
 from .model import (MODEL_KIND, GrooveModel, add_totals, as_events, check_mergeable, count_events, empty_totals, note_kept,
     is_complete, shard_coverage, table_layout, write_model)
 from ..jobs import run_tasks
-from ..remote import is_url, list_files, read_at
+from ..remote import absolute, is_url, list_files, read_at
 
 # %% ../../nbs/groove/16_train.ipynb #bb39a6ef
 MIDI_SUFFIXES = ('.mid', '.midi')
@@ -195,19 +195,14 @@ def _read_remote(url, least):
     if len(data) < least: raise SkippedFile(Skip.below_min_bytes, f'{len(data)} bytes')
     return data
 
-# %% ../../nbs/groove/16_train.ipynb #f0781346
-def _place(path):
-    "A path that means the same in another folder"
-    return path if is_url(path) else os.path.abspath(path)
-
-
+# %% ../../nbs/groove/16_train.ipynb #c3103eeb
 def metadata_value(
     path,      # of a MIDI file
     key:str,   # wanted
     table,     # path → value from --aux-csv, or None: look at the .meta.yaml beside the file
 ):             # str, or None if there is none
     "The value of the aux key for a file; raises `SkippedFile` where metadata is there but cannot be read"
-    if table is not None: return table.get(_place(path))
+    if table is not None: return table.get(absolute(path))
     beside = os.path.splitext(path)[0] + '.meta.yaml'
     try:
         facts = yaml.load(read_at(beside) if is_url(beside) else Path(beside).read_bytes(), getattr(yaml, 'CSafeLoader', yaml.SafeLoader))
@@ -422,7 +417,7 @@ def load_checkpoint(
     header, statuses = (file.header, file['status']) if own is None else own
     return Progress(facts, header['totals'], bytes(statuses))
 
-# %% ../../nbs/groove/16_train.ipynb #536d58a5
+# %% ../../nbs/groove/16_train.ipynb #7db1bcc7
 LOG = logging.getLogger('datatools.groove')
 
 
@@ -443,7 +438,7 @@ def _counted(batches, config, run, table, store):
     if run.n_jobs == 1:
         for files in batches: yield count_files(files, config, table, run.fail_fast, store)
         return
-    def own(files): return table and {name: table[name] for name in (_place(path) for path, _ in files) if name in table}
+    def own(files): return table and {name: table[name] for name in (absolute(path) for path, _ in files) if name in table}
     tasks = ((str(number), (files, config, own(files), run.fail_fast, run.hash_buckets)) for number, files in enumerate(batches))
     for result in run_tasks(count_files_apart, tasks, workers=run.n_jobs):
         if result.error: raise result.error
@@ -518,7 +513,7 @@ def _begin(run, config, files, facts, checkpoint, finished, store):
     store.settle()
     return Progress(facts)
 
-# %% ../../nbs/groove/16_train.ipynb #5d3351a7
+# %% ../../nbs/groove/16_train.ipynb #a1abc429
 def _finished(output, finished, facts):
     "The model at `output` if this run made it, None if there is none; raises `MismatchError` if another run did"
     if not (finished.exists() and output.exists()): return None
@@ -539,7 +534,7 @@ def train_model(
     table = read_aux_csv(run.aux_csv, config.aux_key) if run.aux_csv else None
     if table is not None: config = replace(config, aux_csv=hash_file(run.aux_csv))
     coverage = shard_coverage(files.hash, run.shard_index, run.num_shards)
-    base = None if files.base is None else _place(files.base)
+    base = None if files.base is None else absolute(files.base)
     facts = dict(config=config.to_dict(), list_hash=files.hash, base=base, shard_index=run.shard_index, num_shards=run.num_shards)
     if output.exists() and not output.is_file(): raise bad_value('output', str(output), 'a regular file or a new name')
     folder = Path(run.checkpoint_dir or f'{output}.checkpoints')

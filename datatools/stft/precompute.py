@@ -8,7 +8,7 @@ __all__ = ['EXTENSIONS', 'ITEM_FACTS', 'MEMORY_BYTES', 'RETRIES', 'SIDES', 'SPOO
            'transform_file', 'PrecomputeOptions', 'Listing', 'list_files', 'precompute', 'checked_request',
            'precompute_listed', 'verify_store']
 
-# %% ../../nbs/stft/23_precompute.ipynb #bd1ee881
+# %% ../../nbs/stft/23_precompute.ipynb #0ebf584d
 import csv
 import errno
 import io
@@ -22,7 +22,7 @@ from collections import Counter
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import mkdtemp
 from typing import NamedTuple
 
@@ -33,12 +33,14 @@ import numpy as np
 from ..core import (DatatoolsError, FormatError, MismatchError, UsageError, bad_value, clean_temporaries, config_hash,
                             differences, file_lock, human_bytes, progress, read_json, seed_for, write_json)
 from ..jobs import Task, TaskResult, run_tasks
+from ..remote import absolute, borrowed, is_url
+from ..remote import list_files as list_at
 from .pages import check_file
 from .records import HEAD, MOST_BYTES, encode_record, renumber
 from .store import StoreWriter, environment, item_key, locate
 from .transform import STFTConfig, checked_device, open_audio, stft_fields
 
-# %% ../../nbs/stft/23_precompute.ipynb #e23f4f05
+# %% ../../nbs/stft/23_precompute.ipynb #8aa6e5f6
 EXTENSIONS = '.wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .caf .m4a .mp4 .wma .w64 .rf64'.split()
 
 
@@ -56,22 +58,29 @@ def _files_below(folder):
                 yield from (Path(place, name) for name in files)
 
 
+def _audio_of(source, left_out):
+    "The audio files of one input, here or at a URL: name -> Path or URL"
+    if is_url(source): every = {name: remote.url for name, remote in list_at(source).items()}
+    elif not Path(source).exists(): raise bad_value('inputs', str(source), 'audio files and folders', 'There is no such file.')
+    elif not Path(source).is_dir(): return {Path(source).name: Path(source)}
+    else: every = {path.relative_to(source).as_posix(): path for path in _files_below(Path(source))}
+    found = {name: path for name, path in every.items() if PurePosixPath(name).suffix.lower() in EXTENSIONS}
+    if left_out is not None: left_out.update(PurePosixPath(name).suffix.lower() or 'no suffix' for name in {*every} - {*found})
+    if not found: raise bad_value('inputs', str(source), 'audio files and folders', f'There is no audio file in it ({", ".join(EXTENSIONS[:6])}, …).')
+    return found
+
+
 def find_audio(
-    inputs,         # files and folders, or one of them; str or Path
+    inputs,         # files, folders and URLs, or one of them; str or Path
     left_out=None,  # a `Counter` that is told the suffixes of the files that are not taken
-) -> dict:          # name -> Path, in the order of the names
+) -> dict:          # name -> Path, or URL, in the order of the names
     "The audio files that inputs stand for."
     found, places, real = {}, set(), cache(os.path.realpath)
-    for source in map(Path, [inputs] if isinstance(inputs, (str, Path)) else inputs):
-        if not source.exists(): raise bad_value('inputs', str(source), 'audio files and folders', 'There is no such file.')
-        every = [*_files_below(source)] if source.is_dir() else [source]
-        below = [path for path in every if path.suffix.lower() in EXTENSIONS] if source.is_dir() else every
-        if left_out is not None: left_out.update(path.suffix.lower() or 'no suffix' for path in {*every} - {*below})
-        if not below: raise bad_value('inputs', str(source), 'audio files and folders', f'There is no audio file in it ({", ".join(EXTENSIONS[:6])}, …).')
-        for path in below:
-            name = path.relative_to(source).as_posix() if source.is_dir() else path.name
+    for source in [inputs] if isinstance(inputs, (str, Path)) else inputs:
+        for name, path in _audio_of(source, left_out).items():
             if name in found: raise UsageError(f'Two inputs have the name {name!r}: {found[name]} and {path}. Rename one, or give a folder above both.')
-            if (place := (real(path.parent), path.name)) in places: raise UsageError(f'Two inputs hold one file: {path}. Give it once.')
+            place = path if is_url(path) else (real(path.parent), path.name)
+            if place in places: raise UsageError(f'Two inputs hold one file: {path}. Give it once.')
             found[name] = path
             places.add(place)
     if not found: raise bad_value('inputs', [], 'audio files and folders')
@@ -183,19 +192,19 @@ def _check_length(reader, config, keep_audio):
     if size > MOST_BYTES: raise FormatError(f'{reader.facts.path}: is too long: an item of {human_bytes(size)}, at most {human_bytes(MOST_BYTES)} '
                                             'can be stored; cut it into segments (segment_seconds)')
 
-# %% ../../nbs/stft/23_precompute.ipynb #74842e91
+# %% ../../nbs/stft/23_precompute.ipynb #208a7bf4
 def file_checksum(
     path,    # str or Path
 ) -> str:    # CRC-32C, 8 hexadecimal digits
     "What a file holds, in short; reads all of it."
     crc = 0
-    with open(path, 'rb') as file:
+    with borrowed(path) as path, open(path, 'rb') as file:
         while block := file.read(1 << 20): crc = google_crc32c.extend(crc, block)
     return f'{crc:08x}'
 
 
 def transform_file(
-    path: str,           # audio file
+    path: str,           # audio file, or URL of one: it is fetched, and its copy removed at the end
     spool: str,          # file to write the records to
     name: str,           # of the file in the store
     metadata: dict,      # goes into each item
@@ -203,6 +212,11 @@ def transform_file(
     **options,           # of `file_items`
 ) -> dict:               # sizes of the records, those held, seconds of audio, checksum of the file; or refused: the reason
     "Transform one file into a spool file."
+    with borrowed(path) as file: return _transformed(str(file), spool, name, metadata, memory_bytes, options)
+
+
+def _transformed(path, spool, name, metadata, memory_bytes, options):
+    "What `transform_file` does with a file of this disk"
     sizes, held, seconds = [], [], 0.
     try:
         with open(spool, 'wb') as file:
@@ -304,9 +318,10 @@ class PrecomputeOptions:
 
 UNUSABLE = (errno.ENOENT, errno.ELOOP, errno.EACCES, errno.ENAMETOOLONG)  # what is wrong with a name or a link, not with the storage
 
-# %% ../../nbs/stft/23_precompute.ipynb #40b4643f
-def _listed(path):
-    "Size and time of a file, and why it cannot be used, as far as a listing tells"
+# %% ../../nbs/stft/23_precompute.ipynb #1a808de3
+def _listed(path, remote):
+    "Size and time of a file, and why it cannot be used, as far as a listing tells; for the time of a file at a URL its version stands"
+    if is_url(path): return remote[path].size, seed_for(0, remote[path].version), ''
     try: status = path.stat()
     except OSError as error:
         if error.errno not in UNUSABLE or error.errno == errno.ENOENT and not path.is_symlink(): raise
@@ -318,7 +333,7 @@ def _listed(path):
 
 class Listing(NamedTuple):
     "The files of a job, as far as a listing tells"
-    files: dict    # name -> Path
+    files: dict    # name -> Path, or URL
     facts: dict    # name -> what decides the stores: part, bytes, metadata
     times: dict    # name -> time of the last change, nanoseconds
     refused: dict  # name -> reason, of files that are refused at once
@@ -333,9 +348,10 @@ def list_files(
 ) -> Listing:
     "The files that inputs stand for, which part they belong to and what is known about them"
     files = find_audio(inputs, left_out)
+    remote = {each.url: each for source in ([inputs] if isinstance(inputs, (str, Path)) else inputs) if is_url(source) for each in list_at(source).values()}
     names, table = split_names(files, val_fraction, val_list), read_metadata(metadata) if metadata else {}
     if unknown := sorted({*table} - {*files}): raise bad_value('metadata', unknown[0], 'about files below the inputs', f'{len(unknown)} entries name other files.')
-    sides, listed = {name: side for side in names for name in names[side]}, {name: _listed(path) for name, path in files.items()}
+    sides, listed = {name: side for side in names for name in names[side]}, {name: _listed(path, remote) for name, path in files.items()}
     facts = {name: dict(part=sides[name], bytes=size, metadata=table.get(name, {})) for name, (size, _, _) in listed.items()}
     return Listing(files, facts, {name: time for name, (_, time, _) in listed.items()}, {name: reason for name, (_, _, reason) in listed.items() if reason})
 
@@ -384,7 +400,7 @@ def _open_part(output, side, facts, config, keep_audio, resume, options):
     decides = dict(stft=config.as_dict(), keep_audio=keep_audio, files=len(facts), files_sha256=config_hash(facts))
     return StoreWriter(output/f'{side}.lmdb', decides, options.map_size, options.durability, resume), list(facts)
 
-# %% ../../nbs/stft/23_precompute.ipynb #ecb72e1c
+# %% ../../nbs/stft/23_precompute.ipynb #c1e9fb74
 def _in_flight(sizes, config, workers):
     "How many files may be at work or wait in the spool: fewer if they are long, but one for each worker"
     cell = 4 if config.dtype == 'float16' else 8  # bytes of a bin; 16-bit audio has 2 for a sample
@@ -397,7 +413,7 @@ def _results(parts, files, facts, refused, spool, config, keep_audio, options, e
     waiting = [(part, name, str(spool/str(number))) for number, (part, name) in enumerate((part, name) for part in parts for name in part.missing)]
     work = partial(transform_file, memory_bytes=0 if options.workers else MEMORY_BYTES, config=config, keep_audio=keep_audio, device=options.device)
     readable = [(name, place) for _, name, place in waiting if name not in refused]
-    tasks = (Task(name, (os.path.abspath(files[name]), place, name, facts[name]['metadata'])) for name, place in readable)
+    tasks = (Task(name, (absolute(files[name]), place, name, facts[name]['metadata'])) for name, place in readable)
     workers = min(options.workers, len(readable)) if engine == 'local' else options.workers
     several = _in_flight([facts[name]['bytes'] for name, _ in readable], config, workers) if workers and engine == 'local' else None
     with ExitStack() as stack:
