@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'VERSION', 'divide', 'shard_name', 'make_shard', 'precompute_shards', 'open_manifest', 'shard_problems',
            'verify_shards']
 
-# %% ../../nbs/stft/23_shards.ipynb #bd4831b5
+# %% ../../nbs/stft/23_shards.ipynb #c52315f8
 import errno
 import multiprocessing
 import os
@@ -20,6 +20,7 @@ from pathlib import Path
 from ..core import (DatatoolsError, FormatError, Manifest, MismatchError, bad_value, clean_temporaries, config_hash, file_lock, fsync_directory,
                             read_json, write_json)
 from ..jobs import Task, run_tasks
+from ..remote import absolute
 from .pages import network_filesystem
 from .precompute import (RETRIES, SIDES, Listing, PrecomputeOptions, _compare_files, _note_files, _skipped, file_checksum,
                                        precompute_listed, verify_store)
@@ -105,7 +106,7 @@ def make_shard(
         shutil.rmtree(work)
     return sides
 
-# %% ../../nbs/stft/23_shards.ipynb #2fffd988
+# %% ../../nbs/stft/23_shards.ipynb #b013e701
 FORMAT, VERSION = 'datatools.stft shards', 1
 
 
@@ -127,7 +128,7 @@ def _claimed(output, listing, config, keep_audio, shards, resume):
 def _part(listing, facts, names):
     "The files of one shard"
     def chosen(table): return {name: table[name] for name in names if name in table}
-    return Listing({name: os.path.abspath(path) for name, path in chosen(listing.files).items()}, chosen(facts), chosen(listing.times), chosen(listing.refused))
+    return Listing({name: absolute(path) for name, path in chosen(listing.files).items()}, chosen(facts), chosen(listing.times), chosen(listing.refused))
 
 
 def _check_finished(output, listing, parts, touched):
