@@ -28,12 +28,12 @@ app = typer.Typer(name='stft', cls=Group, help='Precompute the STFTs of audio fi
 @app.callback()
 def stft(): pass  # keeps the commands apart while there is only one
 
-# %% ../../nbs/stft/29_main.ipynb #0f57aa1c
+# %% ../../nbs/stft/29_main.ipynb #bb3fa24f
 class Numbers(str, Enum): float16, float32, complex64 = 'float16', 'float32', 'complex64'
 class Durability(str, Enum): fast, full = 'fast', 'full'
 
 
-Inputs = Annotated[List[Path], typer.Argument(metavar='INPUTS...', help='Audio files, and folders of them.')]
+Inputs = Annotated[List[str], typer.Argument(metavar='INPUTS...', help='Audio files, and folders of them, here or at URLs such as s3://bucket/audio.')]
 Store = Annotated[Path, typer.Argument(metavar='STORE', callback=existing, help='Directory of a store, its data.mdb, or a single-file environment.')]
 Windows = Annotated[Optional[List[int]], typer.Option('--n-fft', help='Window length in samples, which is also the transform length; give several for several STFTs an item. [default: 2048]')]
 SameWindows = Annotated[Optional[List[int]], typer.Option('--win', help='Another name of --n-fft.')]
