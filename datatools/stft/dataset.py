@@ -128,8 +128,9 @@ def metadata(self: PrecomputedSTFTDataset,
     number = self._number(index)
     return {'index': number, **self._read([number], lambda record: decode_record(record).metadata)[0]}
 
-# %% ../../nbs/stft/24_dataset.ipynb #a8ed88bc
+# %% ../../nbs/stft/24_dataset.ipynb #414943d7
 _memcpy = types.ExternalFunction('memcpy', types.intp(types.intp, types.intp, types.intp))
+_memcmp = types.ExternalFunction('memcmp', types.intc(types.intp, types.intp, types.intp))
 
 @intrinsic
 def _stream_64(typing, target, source):
@@ -149,7 +150,7 @@ def _stream_end(typing):
         return context.get_dummy_value()
     return types.void(), code
 
-# %% ../../nbs/stft/24_dataset.ipynb #17ae7eb4
+# %% ../../nbs/stft/24_dataset.ipynb #b686fd03
 @njit('void(intp, intp, intp)', nogil=True, cache=True)
 def _stream(target, source, size):
     "memcpy past the cache"
@@ -160,26 +161,21 @@ def _stream(target, source, size):
     done = first + 64 * blocks
     _memcpy(target + done, source + done, size - done)
 
-_memory = types.Array(types.uint8, 1, 'C', readonly=True)
-
-@njit(types.intp(types.intp, _memory, types.int64[::1], types.int64[::1], types.int64[::1], types.uint8[::1], types.int64[:, ::1], types.boolean), nogil=True, cache=True)
-def _copy_items(address, memory, offsets, lengths, numbers, beginning, fields, stream):
-    "Copy fields (offset, size, target) of items in memory, which begins at an address; the row of the first record that is not its item, else -1"
+@njit(types.intp(types.int64[::1], types.int64[::1], types.int64[::1], types.uint8[::1], types.int64[:, ::1], types.boolean), nogil=True, cache=True)
+def _copy_items(places, lengths, numbers, beginning, fields, stream):
+    "Copy fields (offset, size, target) of records at addresses, a row each; the first row whose record is not that of its number, else -1"
     least, checked = (fields[:, 0] + fields[:, 1]).max(), len(beginning)
     for row in range(len(numbers)):
-        number, begin = numbers[row], offsets[numbers[row]]
-        if lengths[number] < max(least, checked + 8): return row
-        for k in range(checked):
-            if memory[begin + k] != beginning[k]: return row
-        for k in range(8):
-            if memory[begin + checked + k] != number >> 8 * k & 255: return row
+        place = places[row]
+        if lengths[row] < max(least, checked + 8): return row
+        if _memcmp(place, beginning.ctypes.data, checked) or _memcmp(place + checked, numbers.ctypes.data + 8 * row, 8): return row
         for offset, size, target in fields:
-            if stream: _stream(target + row * size, address + begin + offset, size)
-            else: _memcpy(target + row * size, address + begin + offset, size)
+            if stream: _stream(target + row * size, place + offset, size)
+            else: _memcpy(target + row * size, place + offset, size)
     if stream: _stream_end()
     return -1
 
-# %% ../../nbs/stft/24_dataset.ipynb #1cfc2406
+# %% ../../nbs/stft/24_dataset.ipynb #1d4724ed
 @patch
 def _placed(self: PrecomputedSTFTDataset):
     "Where the records lie, looked up once: offsets and lengths, the bytes of the file, its descriptor"
@@ -195,6 +191,12 @@ def _placed(self: PrecomputedSTFTDataset):
         if len(offsets) < self.count or (offsets + lengths).max(initial=0) > len(memory): raise FormatError(f'{self.path}: was replaced while it was open')
         self._places = offsets, lengths, memory, file
     return self._places
+
+@patch
+def _extents(self: PrecomputedSTFTDataset, numbers):
+    "Where records lie, arrays with a row each: address, length, number that the record has of itself, offset in the file, descriptor"
+    offsets, lengths, memory, file = self._placed()
+    return memory.ctypes.data + offsets[numbers], lengths[numbers], numbers, offsets[numbers], np.full(len(numbers), file)
 
 @patch
 def read_into(self: PrecomputedSTFTDataset,
@@ -227,11 +229,11 @@ def _differs(name, index, value, array):
         'all items of a batch must agree. Cut them to one length in transform=…, leave the field out by fields=[…], '
         'or give make_loader a collate_fn.')
 
-# %% ../../nbs/stft/24_dataset.ipynb #b3bbbd1e
+# %% ../../nbs/stft/24_dataset.ipynb #7aca1c43
 @patch
 def _copy(self: PrecomputedSTFTDataset, numbers, arrays, stream):
     "Copy stored fields of a complete store whose records all have one schema"
-    schema, (offsets, lengths, memory, _), fields = self.info.schema, self._placed(), []
+    schema, (places, lengths, own, *_), fields = self.info.schema, self._extents(numbers), []
     for name, array in arrays.items():
         offset, dtype, shape = schema.place(name)
         if array.shape[1:] != shape or array.dtype != dtype: raise _differs(name, numbers[0], np.empty(shape, dtype), array)
@@ -239,7 +241,7 @@ def _copy(self: PrecomputedSTFTDataset, numbers, arrays, stream):
             raise bad_value(f'arrays[{name!r}]', f'an array of shape {array.shape}', f'C-contiguous and writeable, with a row for each of {len(numbers)} items')
         fields.append((offset, math.prod(shape) * dtype.itemsize, array.ctypes.data))
     if not fields: return
-    wrong = _copy_items(memory.ctypes.data, memory, offsets, lengths, numbers, np.frombuffer(bytearray(schema.prefix), np.uint8), np.array(fields), stream)
+    wrong = _copy_items(places, lengths, own, np.frombuffer(bytearray(schema.prefix), np.uint8), np.array(fields), stream)
     if wrong >= 0: raise self._damaged(int(numbers[wrong]))
 
 @patch
@@ -251,7 +253,7 @@ def _damaged(self: PrecomputedSTFTDataset, index):
     except FormatError as error: reason = str(error)
     return FormatError(f'{self.path}: item {index}: {reason}')
 
-# %% ../../nbs/stft/24_dataset.ipynb #f68b6f9b
+# %% ../../nbs/stft/24_dataset.ipynb #52aae372
 _ADVICE = 1 << 17  # bytes in one request; the kernel cuts longer ones down to its read-ahead
 
 @patch
@@ -260,11 +262,10 @@ def advise(self: PrecomputedSTFTDataset,
 ) -> None:
     "Have the kernel fetch items in the background; does nothing where they are in memory, or on a system without such advice"
     if not len(indices) or not hasattr(os, 'posix_fadvise'): return
-    *columns, _, file = self._placed()
-    offsets, lengths = (column[indices].tolist() for column in columns)
+    _, lengths, _, offsets, files = (column.tolist() for column in self._extents(np.asarray(indices)))
     some = slice(None, None, -(-len(offsets) // 8))
-    if all(_in_memory(file, offset + length - 1) for offset, length in zip(offsets[some], lengths[some])): return
-    for offset, length in zip(offsets, lengths):
+    if all(_in_memory(file, offset + length - 1) for file, offset, length in zip(files[some], offsets[some], lengths[some])): return
+    for file, offset, length in zip(files, offsets, lengths):
         for begin in range(offset, offset + length, _ADVICE):
             os.posix_fadvise(file, begin, min(_ADVICE, offset + length - begin), os.POSIX_FADV_WILLNEED)
 
