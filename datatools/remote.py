@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'OBJECT_STORES', 'VERSIONS', 'UNFINISHED', 'TRANSFERS', 'BLOCK', 'is_url', 'absolute', 'file_system',
-           'Remote', 'list_files', 'read_at', 'stage_in', 'stage_out', 'staging_folder', 'local_copy', 'borrowed']
+           'Remote', 'list_files', 'read_at', 'stage_in', 'stage_out', 'staging_folder', 'local_copy', 'output_folder',
+           'borrowed']
 
 # %% ../nbs/06_remote.ipynb #c3cfcd35
 import hashlib
@@ -137,7 +138,7 @@ def _fetch(remote, target):
         if file.tell() != remote.size: raise OSError(f'{file.tell()} bytes came, {remote.size} were listed')
     _take_note(target, remote, digest.hexdigest())
 
-# %% ../nbs/06_remote.ipynb #88ab229d
+# %% ../nbs/06_remote.ipynb #16a5362c
 def _checked(name, url):
     "A name that stays below its folder"
     if '..' in PurePosixPath(name).parts or PurePosixPath(name).is_absolute() or '\\' in name: raise FormatError(f'{url} holds {name!r}, a name that leads out of the directory. Rename it.')
@@ -159,13 +160,8 @@ def stage_in(
     if not files: raise bad_value('url', url, 'a file or a directory with files in it', 'Nothing is there.')
     _all_of(lambda name: _fetch(files[name], folder/_checked(name, url)), files)
     system, path = file_system(url)
-    if [each.url for each in files.values()] == [system.unstrip_protocol(path)]: return folder/next(iter(files))
-    for note in [*folder.rglob('.remote/*.json')]:
-        gone = note.parent.parent/note.name[:-5]
-        if gone.relative_to(folder).as_posix() in files: continue
-        gone.unlink(missing_ok=True)
-        note.unlink()
-    return folder
+    single = [each.url for each in files.values()] == [system.unstrip_protocol(path)]
+    return folder/next(iter(files)) if single else folder
 
 # %% ../nbs/06_remote.ipynb #0316f4ad
 @contextmanager
@@ -228,7 +224,7 @@ def _withdraw(url, manifest):
         left = [name for name in system.find(path) if fnmatch(PurePosixPath(name).name, UNFINISHED)]
         for name in [*left, *([f'{path}/{Manifest.name}'] if manifest else [])]: system.rm_file(name)
 
-# %% ../nbs/06_remote.ipynb #b7b06006
+# %% ../nbs/06_remote.ipynb #57dc95c0
 def staging_folder(
     url: str,
 ) -> Path:     # a folder of this machine, made if it does not exist
@@ -246,13 +242,30 @@ def local_copy(
     path,         # a path of this machine, which is returned as it is, or a URL
     folder=None,  # where the copy goes, None for `staging_folder`
 ):                # path of this machine
-    "What is at a URL, brought to this disk; several processes fetch it once."
+    "What is at a URL, brought to this disk; several processes fetch it once, and what is gone there goes here."
     if not is_url(path): return path
     folder = staging_folder(path) if folder is None else Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with file_lock(folder/'.lock', wait=True): return stage_in(path, folder)
+    with file_lock(folder/'.staging.lock', wait=True):
+        copy, names = stage_in(path, folder), list_files(path)
+        for note in [*folder.rglob('.remote/*.json')]:
+            gone = note.parent.parent/note.name.removesuffix('.json')
+            if gone.relative_to(folder).as_posix() in names: continue
+            gone.unlink(missing_ok=True)
+            note.unlink()
+        return copy
 
+# %% ../nbs/06_remote.ipynb #c8e19754
+def output_folder(
+    url: str,      # where the output is to go at the end, by `stage_out`
+    resume: bool,  # go on with what is there; False refuses a place where anything is
+) -> Path:
+    "The folder of this machine in which a job works whose output goes to a URL."
+    there, folder = list_files(url), staging_folder(url)
+    if there and not resume: raise bad_value('output', url, 'a place where nothing is', 'Go on with what is there by resume (--resume), or choose another.')
+    return stage_in(url, folder) if Manifest.name in there else folder
 
+# %% ../nbs/06_remote.ipynb #18eb19c4
 @contextmanager
 def borrowed(
     path,  # a file of this machine, or a URL
