@@ -8,7 +8,7 @@ __all__ = ['app', 'clear_errors', 'LoopsDir', 'Filelist', 'Model', 'groove', 'Dr
            'readable', 'eval_command', 'info_command', 'model_stats', 'verify_command', 'stats_command',
            'export_command']
 
-# %% ../../nbs/groove/19_main.ipynb #e618bf81
+# %% ../../nbs/groove/19_main.ipynb #d6252665
 import json
 import logging
 import sys
@@ -24,7 +24,7 @@ import typer
 from fastcore.imports import in_notebook
 
 from .. import console
-from ..console import Json, Output, Progress, Resume, Seed, existing, shared, show
+from ..console import EngineName, Json, Output, Progress, Resume, Scheduler, Seed, engine_of, existing, shared, show
 from ..core import FormatError, UsageError, bad_value, progress
 from .arpa import write_arpa
 from .counts import fold_order
@@ -67,7 +67,7 @@ def choose_store(train_mode, store):
         raise bad_value('--store', store.value, 'memory with --train-mode memory; memmap or sqlite with --train-mode stream', 'Leave one of the two out.')
     return store.value
 
-# %% ../../nbs/groove/19_main.ipynb #59dff43c
+# %% ../../nbs/groove/19_main.ipynb #512ac504
 LoopsDir = Annotated[Optional[str], typer.Argument(metavar='LOOPS_DIR', help='Directory with .mid files, here or at a URL such as s3://bucket/loops; all below it are taken.')]
 Filelist = Annotated[Optional[str], typer.Option('--from-filelist', metavar='FILE', help='List of files or URLs, one per line, here or at a URL; - reads standard input.')]
 
@@ -80,8 +80,8 @@ def train_command(
     loops_dir:LoopsDir = None,
     output:Output = ...,
     from_filelist:Filelist = None,
-    shard_index:Annotated[int, typer.Option(help='Count every num-shards-th file, beginning with this one.')] = 0,
-    num_shards:Annotated[int, typer.Option(help='Number of shards the list is dealt to.')] = 1,
+    shard_index:Annotated[Optional[int], typer.Option(help='Count every num-shards-th file, beginning with this one. [default: 0; all on a cluster]')] = None,
+    num_shards:Annotated[Optional[int], typer.Option(help='Number of shards the list is dealt to; on a cluster each is a task. [default: 1; one for 4000 files on a cluster]')] = None,
     min_bytes:Annotated[int, typer.Option(help='Skip smaller files.')] = 800,
     min_notes:Annotated[int, typer.Option(help='Skip files with fewer drum onsets.')] = 8,
     max_files:Annotated[Optional[int], typer.Option(help='Take only the first so many files of the list.')] = None,
@@ -101,6 +101,8 @@ def train_command(
     max_memory_gb:Annotated[Optional[float], shared('--max-memory-gb', more='. Stores on disk write earlier; --store memory stops with an error')] = None,
     max_ram_mb:Annotated[Optional[int], typer.Option(help='The same as --max-memory-gb, in MiB.')] = None,
     n_jobs:Annotated[int, shared('--workers', '--n-jobs', more=' that read files')] = 1,
+    engine:EngineName = None,
+    scheduler:Scheduler = None,
     save_every:Annotated[int, typer.Option(help='Files between checkpoints; 0 for none.')] = 5000,
     checkpoint_dir:Annotated[Optional[Path], typer.Option(help='Where checkpoints go. [default: OUTPUT.checkpoints]')] = None,
     resume_from:Annotated[Optional[Path], typer.Option(help='Go on from this checkpoint.')] = None,
@@ -120,11 +122,13 @@ def train_command(
         if max_memory_gb is not None and max_ram_mb is not None: raise UsageError('--max-memory-gb and --max-ram-mb are not allowed together: they are the same limit. Leave one of them out.')
         if max_memory_gb is not None: max_ram_mb = int(1024 * max_memory_gb)
         if aux_csv is not None and aux_key is None: raise bad_value('--aux-csv', str(aux_csv), 'used together with --aux-key', 'Add --aux-key style.')
-        run = Run(shard_index, num_shards, kind, memmap_dir or Path(f'{output}.counts'), db_path or Path(f'{output}.sqlite'), hash_buckets, max_rows_per_shard, max_ram_mb,
+        where = engine_of(engine, scheduler, show_progress)
+        tasks, part = (num_shards, (0, 1)) if where != 'local' and shard_index is None else (None, (shard_index or 0, 1 if num_shards is None else num_shards))
+        run = Run(*part, kind, memmap_dir or Path(f'{output}.counts'), db_path or Path(f'{output}.sqlite'), hash_buckets, max_rows_per_shard, max_ram_mb,
             n_jobs, save_every, checkpoint_dir, resume, resume_from, fail_fast, aux_csv, show_progress, log_every, mem_stats, gc_every)
         files = open_list(loops_dir, from_filelist, max_files)
         if auto_res: config = replace(config, resolution=auto_resolution(files, config))
-        show(dict(resolution=config.resolution, **train_model(files, output, config, run)), as_json)
+        show(dict(resolution=config.resolution, **train_model(files, output, config, run, where, tasks)), as_json)
 
 # %% ../../nbs/groove/19_main.ipynb #be57009e
 @app.command('merge')

@@ -6,10 +6,10 @@
 __all__ = ['MIDI_SUFFIXES', 'KEPT', 'LARGEST_FILE', 'BATCH_FILES', 'BATCH_ONSETS', 'CHECKPOINT_KIND', 'CHECKPOINT_VERSION', 'LOG',
            'FileList', 'Skip', 'reason', 'SkippedFile', 'read_bytes', 'metadata_value', 'read_aux_csv', 'Batch',
            'count_files', 'count_files_apart', 'Run', 'Progress', 'check_same_run', 'save_checkpoint',
-           'load_checkpoint', 'BadFile', 'train_model', 'skip_report_path', 'write_skip_report', 'merge_skip_reports',
-           'open_part', 'merge_files', 'auto_resolution']
+           'load_checkpoint', 'BadFile', 'finished_model', 'begin_run', 'train_model', 'run_summary',
+           'skip_report_path', 'write_skip_report', 'merge_skip_reports', 'open_part', 'merge_files', 'auto_resolution']
 
-# %% ../../nbs/groove/16_train.ipynb #141e80a1
+# %% ../../nbs/groove/16_train.ipynb #632cc2d6
 import csv
 import gc
 import hashlib
@@ -21,7 +21,7 @@ import stat
 import sys
 import time
 from array import array
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
@@ -42,7 +42,7 @@ from .model import (MODEL_KIND, GrooveModel, add_totals, as_events, check_mergea
 from ..jobs import run_tasks
 from ..remote import absolute, is_url, list_files, read_at
 
-# %% ../../nbs/groove/16_train.ipynb #bb39a6ef
+# %% ../../nbs/groove/16_train.ipynb #daf31855
 MIDI_SUFFIXES = ('.mid', '.midi')
 
 
@@ -54,7 +54,7 @@ class FileList:
         max_files:int=None,  # take only so many
     ):
         if max_files is not None and max_files < 1: raise bad_value('max_files', max_files, '1 or more')
-        self.base, self._spool, self.count = base, TemporaryFile(), 0
+        self.base, self.folder, self._spool, self.count = base, '', TemporaryFile(), 0  # folder: where names that are relative begin
         digest, codes = hashlib.sha256(), array('Q')
         for name in lines:
             if max_files is not None and self.count >= max_files: break
@@ -417,15 +417,15 @@ def load_checkpoint(
     header, statuses = (file.header, file['status']) if own is None else own
     return Progress(facts, header['totals'], bytes(statuses))
 
-# %% ../../nbs/groove/16_train.ipynb #7db1bcc7
+# %% ../../nbs/groove/16_train.ipynb #15963ff5
 LOG = logging.getLogger('datatools.groove')
 
 
-def _batches(files, duplicates, done, save_every):
+def _batches(files, folder, duplicates, done, save_every):
     "Lists of (path, is duplicate), none longer than BATCH_FILES, with an end at every multiple of `save_every` files"
     batch = []
     for index, path in files:
-        batch.append((path, index in duplicates))
+        batch.append((path if is_url(path) else os.path.join(folder, path), index in duplicates))
         done += 1
         if len(batch) == BATCH_FILES or (save_every and done % save_every == 0):
             yield batch
@@ -449,7 +449,7 @@ def _counted(batches, config, run, table, store):
 class BadFile(FormatError):
     "A malformed MIDI file stopped a run with fail_fast"
 
-# %% ../../nbs/groove/16_train.ipynb #0322e713
+# %% ../../nbs/groove/16_train.ipynb #2f4d40f0
 def _report(run, progress, total, started, bar, since):
     "Move the bar, or log a line every `log_every` files"
     bar.update(progress.processed - bar.n)
@@ -463,7 +463,7 @@ def _report(run, progress, total, started, bar, since):
 def _count_all(files, config, run, table, store, state, checkpoint):
     "Count what is left of a shard, saving on the way; Ctrl-C stops between two batches, when everything is in order"
     total = len(range(run.shard_index, len(files), run.num_shards))
-    batches = _batches(files.items(run.shard_index, run.num_shards, state.processed), files.duplicates, state.processed, run.save_every)
+    batches = _batches(files.items(run.shard_index, run.num_shards, state.processed), files.folder, files.duplicates, state.processed, run.save_every)
     started, collected = (time.perf_counter(), state.processed), state.processed
     collecting = gc.isenabled()
     if run.gc_every: gc.disable()
@@ -513,8 +513,12 @@ def _begin(run, config, files, facts, checkpoint, finished, store):
     store.settle()
     return Progress(facts)
 
-# %% ../../nbs/groove/16_train.ipynb #a1abc429
-def _finished(output, finished, facts):
+# %% ../../nbs/groove/16_train.ipynb #2dff960c
+def finished_model(
+    output:Path,    # model file
+    finished:Path,  # file that tells which run has made it
+    facts:dict,     # of this run
+):                  # -> GrooveModel
     "The model at `output` if this run made it, None if there is none; raises `MismatchError` if another run did"
     if not (finished.exists() and output.exists()): return None
     check_same_run(output, read_json(finished), facts)
@@ -523,17 +527,16 @@ def _finished(output, finished, facts):
     return model if (model.config.to_dict(), model.coverage) == (facts['config'], coverage) else None  # else something else was put there
 
 
-def train_model(
-    files:FileList,          # the corpus
-    output,                  # model file to write
-    config:GrooveConfig=None, # what is counted
-    run:Run=None,            # how
-)->dict:                     # processed, kept, skipped, onsets, seconds, files_per_second, output, skip_report, …
-    "Count a corpus, or one shard of it, and write the model and its skip report"
-    config, run, output = config or GrooveConfig(), run or Run(), Path(output)
+@contextmanager
+def begin_run(
+    files:FileList,       # the corpus
+    output:Path,          # model file to write
+    config:GrooveConfig,  # what is counted
+    run:Run,              # how
+):                        # yields (config, metadata table, dict of all that decides the model, checkpoint file)
+    "Check a run and make its folders; nobody else can run it meanwhile"
     table = read_aux_csv(run.aux_csv, config.aux_key) if run.aux_csv else None
     if table is not None: config = replace(config, aux_csv=hash_file(run.aux_csv))
-    coverage = shard_coverage(files.hash, run.shard_index, run.num_shards)
     base = None if files.base is None else absolute(files.base)
     facts = dict(config=config.to_dict(), list_hash=files.hash, base=base, shard_index=run.shard_index, num_shards=run.num_shards)
     if output.exists() and not output.is_file(): raise bad_value('output', str(output), 'a regular file or a new name')
@@ -541,30 +544,50 @@ def train_model(
     checkpoint = folder/f'shard-{run.shard_index}-of-{run.num_shards}.checkpoint'
     folder.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        stack.enter_context(file_lock(f'{checkpoint}.lock'))
+    with file_lock(f'{checkpoint}.lock'):
         for place in (folder, output.parent): clean_temporaries(place)
+        if not len(files): LOG.warning('The list is empty: the model will be, too.')
+        yield config, table, facts, checkpoint
+
+
+def train_model(
+    files:FileList,          # the corpus
+    output,                  # model file to write
+    config:GrooveConfig=None, # what is counted
+    run:Run=None,            # how
+    engine='local',          # where: 'local', 'dask', the address of a Dask scheduler, a `distributed.Client`, or an `Engine`
+    shards:int=None,         # on a cluster: files are dealt to so many tasks; None for one task for some thousands
+)->dict:                     # processed, kept, skipped, onsets, seconds, files_per_second, output, skip_report, …
+    "Count a corpus, or one shard of it, and write the model and its skip report"
+    config, run, output = config or GrooveConfig(), run or Run(), Path(output)
+    if engine != 'local':
+        from datatools.groove.shards import train_shards  # which stands on this module
+        return train_shards(files, output, config, run, engine, shards)
+    with ExitStack() as stack:
+        config, table, facts, checkpoint = stack.enter_context(begin_run(files, output, config, run))
+        coverage = shard_coverage(files.hash, run.shard_index, run.num_shards)
+        if (tasks := checkpoint.with_suffix('.tasks')).exists():
+            raise UsageError(f'{tasks} holds the counts of an unfinished run on a cluster. Use --engine dask and --resume to go on from it, or delete it to start again.')
         start = time.perf_counter()
         finished = checkpoint.with_suffix('.done')
-        done = _finished(output, finished, facts) if run.resume else None
+        done = finished_model(output, finished, facts) if run.resume else None
         store = run.make_store(config)
         stack.callback(store.close)
         if done is not None:
             _check_owner(store, facts)
             _tidy(store, checkpoint)
-            return _summary(run, output, done.totals, start, 0)
+            return run_summary(run, output, done.totals, start, 0)
         was_finished = finished.exists() and read_json(finished) == facts
         finished.unlink(missing_ok=True)
-        if not len(files): LOG.warning('The list is empty: the model will be, too.')
         state = _begin(run, config, files, facts, checkpoint, was_finished, store)
         before = state.processed
         _count_all(files, config, run, table, store, state, checkpoint)
         _finish(output, config, coverage, run, store, state, files)
         write_json(finished, facts)
         _tidy(store, checkpoint)
-    return _summary(run, output, state.totals, start, state.processed - before)
+    return run_summary(run, output, state.totals, start, state.processed - before)
 
-# %% ../../nbs/groove/16_train.ipynb #ebf2f5a6
+# %% ../../nbs/groove/16_train.ipynb #e7bd11fd
 def _finish(output, config, coverage, run, store, state, files):
     "Write the skip report, the model, and the shards of a memmap store; then let the runs go"
     write_skip_report(skip_report_path(output), files, run.shard_index, run.num_shards, state.statuses)
@@ -581,7 +604,13 @@ def _tidy(store, checkpoint):
     if store.kind == 'memmap': store.clear()
 
 
-def _summary(run, output, totals, start, processed):
+def run_summary(
+    run:Run,         # how it was made
+    output:Path,     # model file
+    totals:dict,     # of the model
+    start:float,     # `time.perf_counter()` when it began
+    processed:int,   # files that were read now
+)->dict:
     "What `train_model` gives back"
     seconds = time.perf_counter() - start
     memory = dict(peak_rss_bytes=peak_rss_bytes()) if run.mem_stats else {}
