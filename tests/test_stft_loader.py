@@ -141,14 +141,14 @@ def test_resume_in_the_middle(dataset, workers):
         for stop in (1, 6, 13):
             for batch in loader:
                 state = json.loads(json.dumps(loader.state_dict()))
-                if state['batch'] == stop: break
+                if loader.batch == stop: break
             with make_loader(dataset, 8, 1, **options) as other:
                 other.load_state_dict(state)
                 other.set_epoch(1)
                 assert [numbers(batch) for batch in other] == whole[1][stop:]
                 assert other.epoch == 2
             assert (loader.epoch, loader.batch) == (1, stop)
-        for changed in (dict(seed=8), dict(shuffle=False), dict(drop_last=True), dict(world_size=2, rank=1)):
+        for changed in (dict(seed=8), dict(shuffle=False), dict(drop_last=True)):
             with pytest.raises(MismatchError, match=list(changed)[0]): make_loader(dataset, 8, 0, **{**options, **changed}).load_state_dict(state)
         with pytest.raises(UsageError, match='state_dict'): loader.load_state_dict({'epoch': 3})
 
@@ -190,6 +190,24 @@ def test_partition(count, epoch, shuffle, world_size, drop_last, batch_size):
     indices = loaders[0]._epoch_indices()
     assert np.array_equal(indices, epoch_order(count, 0, shuffle, 5, 0, world_size, drop_last)[:len(indices)])
     assert len(indices) == (sizes[0] * batch_size if drop_last else len(shares[0]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 300), st.booleans(), st.lists(st.tuples(st.integers(1, 5), st.integers(1, 20), st.integers(0, 9)), min_size=1, max_size=4))
+def test_resume_on_another_number_of_ranks(count, shuffle, stretches):
+    "Whatever ranks and batches a training goes on with: everything is read once, and nothing twice but what makes the last batches even"
+    read, state = [], None
+    for world_size, batch_size, batches in [*stretches, (2, 7, 10**9)]:
+        loaders = [make_loader(Counted(count), batch_size, shuffle=shuffle, seed=3, rank=rank, world_size=world_size) for rank in range(world_size)]
+        if state is not None:
+            for loader in loaders: loader.load_state_dict(state)
+        position = loaders[0].position
+        shares = [loader._epoch_indices(position)[:batches * batch_size] for loader in loaders]
+        assert len({len(share) for share in shares}) == 1
+        read += [int(index) for share in shares for index in share]
+        state = {**loaders[0].state_dict(), 'position': min(position + batches * batch_size * world_size, count)}
+        if state['position'] == count: break
+    assert {*read} == {*range(count)} and len(read) - count < world_size
 
 
 def test_ranks_see_everything_once(dataset):
@@ -394,12 +412,12 @@ def test_what_a_transform_may_return(store, transform, said):
         with pytest.raises(UsageError, match=said): next(iter(make_loader(dataset, 4)))
 
 
-@pytest.mark.parametrize('change, said', [(dict(batch=10**9), 'at most 26'), (dict(batch=-3), 'at least 0'), (dict(batch='x'), 'at least 0'), (dict(batch=1.5), 'at least 0'), (dict(batch=True), 'at least 0'), (dict(epoch=-1), 'at least 0'), (dict(epoch=None), 'at least 0')], ids=str)
+@pytest.mark.parametrize('change, said', [(dict(position=10**9), f'at most {COUNT}'), (dict(position=-3), 'at least 0'), (dict(position='x'), 'at least 0'), (dict(position=1.5), 'at least 0'), (dict(position=True), 'at least 0'), (dict(epoch=-1), 'at least 0'), (dict(epoch=None), 'at least 0')], ids=str)
 def test_a_state_that_no_loader_was_in(dataset, change, said):
     loader = make_loader(dataset, 4)
     with pytest.raises(UsageError, match=f'{[*change][0]}.*{said}'): loader.load_state_dict({**loader.state_dict(), **change})
     assert (loader.epoch, loader.batch) == (0, 0)
-    loader.load_state_dict({**loader.state_dict(), 'batch': 26})
+    loader.load_state_dict({**loader.state_dict(), 'position': COUNT})
     assert not list(loader)
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from ..core import DatatoolsError, MismatchError, bad_value, config_hash, differences, human_bytes, rng_for, seed_for
 
-# %% ../../nbs/stft/25_loader.ipynb #f27481ee
+# %% ../../nbs/stft/25_loader.ipynb #ce3193e9
 def epoch_order(
     count: int,          # number of items in the dataset
     epoch: int,          # 0, 1, 2, …
@@ -28,11 +28,12 @@ def epoch_order(
     rank: int = 0,       # number of this process, 0 … world_size - 1
     world_size: int = 1, # processes that share the epoch
     drop_last: bool = False, # leave the items that cannot be divided evenly out, instead of repeating a few
+    start: int = 0,      # so many items of the epoch have been read already, by however many processes
 ) -> np.ndarray:         # int64 indices of this process, as many as every other process has
     "Which items one process reads in one epoch, in which order"
     order = rng_for(seed, 'order', epoch).permutation(count) if shuffle else np.arange(count)
-    share = count // world_size if drop_last else -(-count // world_size)
-    return np.resize(order, share * world_size)[rank::world_size] if count else order
+    share = (count - start) // world_size if drop_last else -(-(count - start) // world_size)
+    return np.resize(order, start + share * world_size)[start + rank::world_size] if count else order
 
 # %% ../../nbs/stft/25_loader.ipynb #1d2c0dd2
 def _available_bytes(
@@ -257,37 +258,42 @@ def _check_whole(name, value, least):
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise bad_value(name, value, f'an integer of at least {least}')
 
-# %% ../../nbs/stft/25_loader.ipynb #3ca2f10e
+# %% ../../nbs/stft/25_loader.ipynb #19ac6fc7
 class Loader:
     """Iterable over the batches of one epoch. Made by `make_loader`, which explains `dataset`, `workers`, `prefetch`, `metadata`, `copy`,
     `collate_fn`, `pin_memory` and `start_method`; `order` has what decides which items come when"""
     def __init__(self, dataset, order, workers, prefetch, metadata, copy, collate_fn, pin_memory, start_method):
         self.dataset, self.order, self.workers, self.prefetch = dataset, order, workers, prefetch
         self.metadata, self.copy, self.collate_fn, self.pin_memory, self.start_method = metadata, copy, collate_fn, pin_memory, start_method
-        self.rank = order.pop('rank')
-        self.epoch, self.batch = 0, 0  # batches of the epoch that have been handed over
+        self.rank, self.batch_size, self.world_size = (order.pop(name) for name in ('rank', 'batch_size', 'world_size'))
+        self.epoch, self.position = 0, 0  # items of the epoch that all ranks together have handed over
         self._resume_at, self._passes, self._stock, self._slots, self._warned = 0, 0, None, None, False
 
-    def _epoch_indices(self):
-        "The indices of this epoch and process, cut to whole batches where the last is to be dropped"
+    def _epoch_indices(self, start=0):
+        "The indices that are left of this epoch for this process, cut to whole batches where the last is to be dropped"
         order = self.order
-        indices = epoch_order(order['items'], self.epoch, order['shuffle'], order['seed'], self.rank, order['world_size'], order['drop_last'])
-        return indices[:len(self) * order['batch_size']]
+        indices = epoch_order(order['items'], self.epoch, order['shuffle'], order['seed'], self.rank, self.world_size, order['drop_last'], start)
+        return indices[:len(indices) // self.batch_size * self.batch_size] if order['drop_last'] else indices
 
     def __len__(self):
-        items, share = self.order['items'], self.order['world_size']
-        if self.order['drop_last']: return items // share // self.order['batch_size']
-        return -(-(-(-items // share)) // self.order['batch_size'])
+        items, share = self.order['items'], self.world_size
+        if self.order['drop_last']: return items // share // self.batch_size
+        return -(-(-(-items // share)) // self.batch_size)
+
+    @property
+    def batch(self) -> int:
+        "Batches of the epoch that this process has handed over, if there were as many processes all the time"
+        return -(-self.position // (self.batch_size * self.world_size))
 
     def __repr__(self):
         ring = f', ring of {self._slots.ring.slots} slots, {human_bytes(self._slots.ring.memory.size)}' if self._slots else ''
-        return f'Loader({len(self)} batches of {self.order["batch_size"]}, {self.workers} workers, epoch {self.epoch}, batch {self.batch}{ring})'
+        return f'Loader({len(self)} batches of {self.batch_size}, {self.workers} workers, epoch {self.epoch}, batch {self.batch}{ring})'
 
-# %% ../../nbs/stft/25_loader.ipynb #b36eb3a3
+# %% ../../nbs/stft/25_loader.ipynb #1896ba37
 @patch
 def _start(self: Loader, indices):
     "Make the ring, the stock loader and its workers, which will first read `indices`"
-    depth, size, group, ring = self.workers * self.prefetch, self.order['batch_size'], 1, None
+    depth, size, group, ring = self.workers * self.prefetch, self.batch_size, 1, None
     if self.collate_fn is None and len(self):
         layout, rows = _layout(self.dataset), min(size, self.order['items'])
         if self.workers: group = _batches_of_a_task(layout, rows, len(self), self.workers)
@@ -350,18 +356,18 @@ def _worker_died(self: Loader, worker):
     return DatatoolsError(f'Worker process {worker.pid} of the loader {how}, after batch {self.batch} of epoch {self.epoch}. SIGKILL mostly means '
         'that the memory ran out: use fewer workers or smaller batches. The next pass starts new workers; state_dict() tells where to go on.')
 
-# %% ../../nbs/stft/25_loader.ipynb #12d1d19e
+# %% ../../nbs/stft/25_loader.ipynb #48bba58b
 @patch
 def __iter__(self: Loader):
     "The batches of this epoch that are left; when they are through, the next epoch"
     self._passes += 1
-    this, self.batch, self._resume_at = self._passes, self._resume_at, 0
-    indices = self._epoch_indices()[self.batch * self.order['batch_size']:]
+    this, self.position, self._resume_at = self._passes, self._resume_at, 0
+    indices = self._epoch_indices(self.position)
     for answer in self._answers(indices):
-        self.batch += 1
+        self.position = min(self.position + self.batch_size * self.world_size, self.order['items'])
         yield self._batch(answer)
         if this != self._passes: raise DatatoolsError('A second pass over this loader has begun, or set_epoch was called, which ended this one. Use one loader for each pass.')
-    self.epoch, self.batch = self.epoch + 1, 0
+    self.epoch, self.position = self.epoch + 1, 0
 
 @patch
 def _batch(self: Loader, answer):
@@ -377,7 +383,7 @@ def _batch(self: Loader, answer):
     elif self.copy: batch = {name: tensor.clone() for name, tensor in batch.items()}
     return batch if metadata is None else {**batch, 'metadata': metadata}
 
-# %% ../../nbs/stft/25_loader.ipynb #bc54c53b
+# %% ../../nbs/stft/25_loader.ipynb #224f843e
 @patch
 def set_epoch(self: Loader,
     epoch: int,  # 0, 1, 2, …
@@ -385,32 +391,32 @@ def set_epoch(self: Loader,
     "Choose the epoch of the next pass; the one that a loaded state stands in is continued where it stopped"
     _check_whole('epoch', epoch, 0)
     if epoch == self.epoch: return
-    self.epoch, self.batch, self._resume_at = int(epoch), 0, 0
+    self.epoch, self.position, self._resume_at = int(epoch), 0, 0
     self._passes += 1  # a pass that is under way would go on with batches of another epoch
 
 @patch
 def state_dict(self: Loader) -> dict: # plain numbers, may be written as JSON
     "The position after the last batch that was handed over; the same on every rank"
-    return dict(epoch=self.epoch, batch=self.batch, order=dict(self.order))
+    return dict(epoch=self.epoch, position=self.position, order=dict(self.order))
 
 @patch
 def load_state_dict(self: Loader,
     state: dict,  # of `state_dict`
 ) -> None:
-    "Go on from a saved position"
-    if not isinstance(state, dict) or {*state} != {'epoch', 'batch', 'order'}: raise bad_value('state', state, 'what state_dict() returned')
+    "Go on from a saved position, with any number of workers and ranks and any size of batches"
+    if not isinstance(state, dict) or {*state} != {'epoch', 'position', 'order'}: raise bad_value('state', state, 'what state_dict() returned')
     if changed := differences(state['order'], self.order):
         raise MismatchError('The state was saved by a loader with ' + ', '.join(f'{key}={old!r} (here {new!r})' for key, old, new in changed)
                             + ': its position means nothing here. Make the loader with the same parameters.')
-    _check_whole("state['epoch']", state['epoch'], 0), _check_whole("state['batch']", state['batch'], 0)
-    if state['batch'] > len(self): raise bad_value("state['batch']", state['batch'], f'at most {len(self)}, the batches of an epoch')
+    _check_whole("state['epoch']", state['epoch'], 0), _check_whole("state['position']", state['position'], 0)
+    if state['position'] > self.order['items']: raise bad_value("state['position']", state['position'], f'at most {self.order["items"]}, the items of an epoch')
     self._passes += 1
-    self.epoch, self.batch = state['epoch'], state['batch']
-    self._resume_at = self.batch
+    self.epoch, self.position = state['epoch'], state['position']
+    self._resume_at = self.position
 
-# %% ../../nbs/stft/25_loader.ipynb #8735309f
+# %% ../../nbs/stft/25_loader.ipynb #448ef253
 def make_loader(
-    dataset,                  # a `PrecomputedSTFTDataset`
+    dataset,                  # a `PrecomputedSTFTDataset` or `ShardedSTFTDataset`
     batch_size: int,          # items in a batch
     workers: int = 0,         # processes that read, 0 reads in this process
     shuffle: bool = False,    # another order in every epoch
