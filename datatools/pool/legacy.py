@@ -10,7 +10,7 @@ __all__ = ['READ_BYTES', 'LINE', 'TWO_LINES', 'UNKNOWN', 'SIZES', 'PREFIX_BYTES'
            'read_block', 'winner', 'check_boards', 'check_policies', 'convert_file', 'find_legacy_files', 'game_order',
            'convert']
 
-# %% ../../nbs/pool/32_legacy.ipynb #966ac263
+# %% ../../nbs/pool/32_legacy.ipynb #9613df8f
 import gzip
 import io
 import os
@@ -31,6 +31,7 @@ from ..core import (FormatError, Manifest, MismatchError, UsageError, bad_value,
 from ..jobs import Task, run_tasks
 from .hex import HexCodec, check_board_size, winner_of
 from .shards import KIND, SUFFIX, ShardDirectory, ShardWriter, shard_files, write_shard
+from ..remote import is_url, local_copy, output_folder, stage_out
 
 # %% ../../nbs/pool/32_legacy.ipynb #7aef8361
 READ_BYTES = 1 << 20  # decompressed at a time
@@ -460,18 +461,18 @@ def convert_file(
     write_shard(part, np.concatenate(records), game, codec)
     return dict(name=Path(path).name, rows=len(examples), board_size=board_size, sha256=file_hash, games=None if game is None else len(np.unique(game)))
 
-# %% ../../nbs/pool/32_legacy.ipynb #5186c259
+# %% ../../nbs/pool/32_legacy.ipynb #e9e82037
 LEGACY_NAME = re.compile(r'shuffled_\d+\.pkl\.gz|.+_processed\.pkl\.gz')
 
 
 def find_legacy_files(
-    inputs,    # a path or a list of paths: files, or directories
+    inputs,    # a path or URL, or a list of them: files, or directories; what is at a URL is copied to this disk
 ) -> list:     # files; those of a directory by name
     "The legacy files that are meant"
     inputs = [inputs] if isinstance(inputs, (str, os.PathLike)) else [*inputs]
     if not inputs: raise bad_value('inputs', inputs, 'at least one file or directory')
     found, seen = [], {}
-    for place in map(Path, inputs):
+    for place in map(Path, map(local_copy, inputs)):
         if not place.exists(): raise bad_value('inputs', str(place), 'a file or directory that exists')
         files = sorted(file for file in place.iterdir() if LEGACY_NAME.fullmatch(file.name)) if place.is_dir() else [place]
         if not files: raise bad_value('inputs', str(place), 'a directory with files shuffled_NNNN.pkl.gz or *_processed.pkl.gz', 'Files of other names have to be named one by one.')
@@ -596,10 +597,16 @@ def _check_output(output, resume):
     if output.exists() and shard_files(output) and not (output/RECORD).exists():
         raise bad_value('output', str(output), 'a new directory', f'It holds shards that were not converted: there is no {RECORD}.')
 
-# %% ../../nbs/pool/32_legacy.ipynb #e7c92afa
+# %% ../../nbs/pool/32_legacy.ipynb #55b72f76
+def _sent(directory, place):
+    "A finished directory, which is also where it was asked for"
+    if is_url(place): stage_out(directory.path, place)
+    return directory
+
+
 def convert(
-    inputs,                         # a path or a list of paths: legacy files, or directories of them
-    output,                         # directory of shards to make
+    inputs,                         # a path or URL, or a list of them: legacy files, or directories of such
+    output,                         # directory of shards to make; at a URL it appears when it is finished
     workers:int=1,                  # processes; each needs about three times the memory of a decompressed file
     resume:bool=True,               # go on with a conversion that was interrupted; False refuses a directory with anything in it
     rows_per_shard:int=1_000_000,   # records in a shard, at most
@@ -613,13 +620,14 @@ def convert(
     engine='local',                 # where the workers are, see `run_tasks`
 ):                                  # the `ShardDirectory`
     "Convert legacy files to a directory of shards; every example is checked"
-    files, output = find_legacy_files(inputs), Path(output)
+    files, place = find_legacy_files(inputs), output
+    output = output_folder(place, resume) if is_url(place) else Path(place)
     options = _options(board_size, soft_policy, game_ids, source_number)
     if type(rows_per_shard) is not int or rows_per_shard < 1: raise bad_value('rows_per_shard', rows_per_shard, 'a positive integer')
     sizes = [[file.name, file.stat().st_size] for file in files]
     wanted = dict(options, group_by_game=bool(group_by_game), rows_per_shard=rows_per_shard, files=sizes)
     _check_output(output, resume)
-    if done := _finished(output, wanted, board_size): return done
+    if done := _finished(output, wanted, board_size): return _sent(done, place)
     (output/PARTS).mkdir(parents=True, exist_ok=True)
     parts, facts = _make_parts(files, output, options, limit_bytes, workers, show, engine)
     _agree(files, facts, board_size)
@@ -628,4 +636,4 @@ def convert(
     write_json(output/RECORD, wanted | _counted(joined) | dict(files=described))
     _assemble(joined, output, HexCodec(facts[0]['board_size'], soft_policy), rows_per_shard, group_by_game, f'{len(files)} legacy files')
     shutil.rmtree(output/PARTS)
-    return ShardDirectory.open(output)
+    return _sent(ShardDirectory.open(output), place)

@@ -7,7 +7,7 @@ __all__ = ['PHRASES', 'HALF_MAXIMUM', 'BLOCK', 'HOPELESS', 'Job', 'chunk_path', 
            'write_phrases', 'Draw', 'draw', 'describe', 'judge', 'Sample', 'GivenUp', 'make_sample', 'render_block',
            'fit_notes', 'plan', 'generate', 'try_samples', 'estimate']
 
-# %% ../../nbs/vst/47_generate.ipynb #5b5baf7c
+# %% ../../nbs/vst/47_generate.ipynb #43915a8e
 import errno
 import json
 import math
@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -29,6 +30,7 @@ from fastcore.imports import in_notebook
 
 from ..core import DatatoolsError, FormatError, Manifest, bad_value, clean_temporaries, config_hash, file_lock, hash_file, progress, read_json, rng_for, write_json
 from ..jobs import Task, run_tasks
+from ..remote import is_url, output_folder, stage_out, staging_folder
 from .chunks import CAUSES, FORMAT, VERSION, ChunkLayout, PartialChunk, check_chunk
 from .config import GenerateConfig, chunk_sizes, content
 from .features import MelSpectrogram, integrated_loudness, peak
@@ -371,7 +373,7 @@ def summary(self: _Account, complete: bool) -> dict:
                 rejections={cause: self.rejections[cause] for cause in CAUSES if self.rejections[cause]},
                 given_up={str(index): causes for index, causes in self.given_up.items()}, failed_blocks=len(self.failed))
 
-# %% ../../nbs/vst/47_generate.ipynb #95ec3fdd
+# %% ../../nbs/vst/47_generate.ipynb #8c330ae5
 _ENVIRONMENT = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM)]
 HOPELESS = 16  # samples given up, with none that could be made, before a run stops
 _HINTS = dict(silent='Is min_loudness too high, or does the plugin need initialization_timeout to load its sounds?', timeout='Is timeout_seconds too short?',
@@ -390,7 +392,7 @@ def _stop_if_hopeless(account: _Account) -> None:
         raise DatatoolsError(f'The first {len(account.given_up)} samples could not be made: of {sum(causes.values()):,} draws, {said}{message}. '
                              + _HINTS.get(causes.most_common(1)[0][0], ''))
 
-def _run(job: Job, chunks: list, account: _Account, bar, engine) -> None:
+def _run(job: Job, chunks: list, account: _Account, bar, engine, finished) -> None:
     "Render what is missing of these chunks."
     if not chunks: return
     places = {name: os.path.abspath(place) for name in ('output_dir', 'plugin_path', 'midi') if (place := getattr(job.config, name)) not in (None, 'builtin')}
@@ -400,15 +402,19 @@ def _run(job: Job, chunks: list, account: _Account, bar, engine) -> None:
         for result in results:
             account.add(result, bar)
             _stop_if_hopeless(account)
+            chunk, start = map(int, result.key.split(':'))
+            if start + block >= chunk_sizes(job.config)[chunk] and (path := chunk_path(job.config, chunk)).exists(): finished(path)
 
-# %% ../../nbs/vst/47_generate.ipynb #82bdc20f
+# %% ../../nbs/vst/47_generate.ipynb #a8cf4bf6
 def generate(
     config: GenerateConfig,       # what is to be made, as of `load_config`
     resume: bool = False,         # go on with the data set in output_dir
     show_progress: bool = None,   # progress bar; None for one if the error stream is a terminal
     engine='local',               # where the workers are, see `run_tasks`
+    finished=lambda path: None,   # called with the file of every chunk that this run finishes
 ) -> dict:                        # complete, samples, rendered_now, seconds, samples_per_second, cpu_seconds_per_sample, rejections, given_up, failed_blocks, message
     "Make a data set, or what is missing of it."
+    if is_url(config.output_dir): return _generate_at_url(config, resume, show_progress, engine)
     job, decides = plan(config)
     directory = Path(config.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
@@ -424,7 +430,7 @@ def generate(
         stack.callback(account.note)
         bar = stack.enter_context(progress(total=config.num_samples, desc='render', show=show_progress, unit='sample'))
         bar.update(account.found)
-        try: _run(job, chunks, account, bar, engine)
+        try: _run(job, chunks, account, bar, engine, finished)
         except DatatoolsError:
             if found is None and not account.made: _withdraw(config)
             raise
@@ -435,7 +441,19 @@ def generate(
             if config.isolation != 'fork' and 'killed by' in account.message: account.message += '; with isolation: fork it would have cost one draw'
         return dict(account.summary(complete), message=account.message)
 
-# %% ../../nbs/vst/47_generate.ipynb #4e2d05a2
+# %% ../../nbs/vst/47_generate.ipynb #99b57321
+def _generate_at_url(config: GenerateConfig, resume: bool, show_progress: bool, engine) -> dict:
+    "Make a data set on this disk, and send each chunk to a URL as soon as it is finished."
+    url, sender, sent = config.output_dir.rstrip('/'), ThreadPoolExecutor(1), []
+    def send(path): sent.append(sender.submit(stage_out, path, f'{url}/{path.name}'))
+    with ExitStack() as stack:
+        stack.callback(sender.shutdown, cancel_futures=True)
+        summary = generate(replace(config, output_dir=str(output_folder(url, resume))), resume, show_progress, engine, send)
+        for each in sent: each.result()
+    if summary['complete']: stage_out(staging_folder(url), url)
+    return summary
+
+# %% ../../nbs/vst/47_generate.ipynb #b184f9ef
 def try_samples(
     job: Job,
     count: int,  # samples
@@ -460,6 +478,7 @@ def estimate(
     resume: bool = False,  # go on with the data set in output_dir
 ) -> dict:                 # samples, chunks, bytes and hours that a data set will take
     "Check a configuration with its plugin and its place, and say what the whole will cost; nothing is written."
+    if is_url(config.output_dir): config = replace(config, output_dir=str(staging_folder(config.output_dir)))
     job, decides = plan(config)
     _check_directory(config, decides, resume)
     place = _nearest(config.output_dir)
