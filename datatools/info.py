@@ -22,11 +22,11 @@ from fastcore.basics import patch
 from .console import Group, Json, echo, existing, for_people, show
 from .core import DatatoolsError, FormatError, Manifest, UsageError, human_bytes, read_json
 
-# %% ../nbs/91_info.ipynb #8c41471e
+# %% ../nbs/91_info.ipynb #d44454d4
 FORMATS = {  # in a manifest: (who knows, kind)
     'datatools pool shards': ('pool', 'directory of pool shards'), 'datatools pool shards, compressed': ('pool', 'packed pool shards'),
     'datatools pool training': ('pool', 'pool training'), 'datatools pool tuning': ('pool', 'pool hyperparameter study'),
-    'datatools-vst': ('vst', 'VST dataset'), 'datatools demo': ('', 'demo folder')}
+    'datatools-vst': ('vst', 'VST dataset'), 'datatools.stft shards': ('stft', 'STFT stores in shards'), 'datatools demo': ('', 'demo folder')}
 ARRAYS = {  # in the footer of an array file
     'groove model': ('groove', 'groove model'), 'groove checkpoint': ('groove', 'groove checkpoint'), 'count run': ('groove', 'count run'),
     'count shard': ('groove', 'count shard'), 'pool shard': ('pool', 'pool shard')}

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/stft/00_overview.ipynb #b754cbfc
+# %% ../../nbs/stft/00_overview.ipynb #e0e4a8d2
 from .dataset import PrecomputedSTFTDataset
 from .loader import make_loader
 from .precompute import verify_store
+from .sharded import ShardedSTFTDataset
 from .store import open_store
 from .transform import STFTConfig
 
-# %% ../../nbs/stft/00_overview.ipynb #8f74fdc5
-__all__ = ['PrecomputedSTFTDataset', 'STFTConfig', 'make_loader', 'open_store', 'verify_store']
+# %% ../../nbs/stft/00_overview.ipynb #b3c5f05b
+__all__ = ['PrecomputedSTFTDataset', 'STFTConfig', 'ShardedSTFTDataset', 'make_loader', 'open_store', 'verify_store']

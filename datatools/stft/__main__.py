@@ -6,7 +6,7 @@
 __all__ = ['app', 'Inputs', 'Store', 'Windows', 'SameWindows', 'stft', 'Numbers', 'Durability', 'precompute_command',
            'info_command', 'verify_command']
 
-# %% ../../nbs/stft/29_main.ipynb #fb4dd586
+# %% ../../nbs/stft/29_main.ipynb #bb5a69f2
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, List, Optional
@@ -16,8 +16,9 @@ from fastcore.imports import in_notebook
 
 from ..console import Device, EngineName, Group, Json, Progress, Resume, Scheduler, Workers, clear_errors, echo, engine_of, existing, shared, show
 from ..core import FormatError, UsageError
-from .describe import store_facts
+from .describe import is_sharded, sharded_facts, store_facts
 from .precompute import PrecomputeOptions, precompute, verify_store
+from .shards import verify_shards
 from .transform import STFTConfig
 
 # %% ../../nbs/stft/29_main.ipynb #46d2e088
@@ -28,13 +29,13 @@ app = typer.Typer(name='stft', cls=Group, help='Precompute the STFTs of audio fi
 @app.callback()
 def stft(): pass  # keeps the commands apart while there is only one
 
-# %% ../../nbs/stft/29_main.ipynb #bb3fa24f
+# %% ../../nbs/stft/29_main.ipynb #cbcd3f47
 class Numbers(str, Enum): float16, float32, complex64 = 'float16', 'float32', 'complex64'
 class Durability(str, Enum): fast, full = 'fast', 'full'
 
 
 Inputs = Annotated[List[str], typer.Argument(metavar='INPUTS...', help='Audio files, and folders of them, here or at URLs such as s3://bucket/audio.')]
-Store = Annotated[Path, typer.Argument(metavar='STORE', callback=existing, help='Directory of a store, its data.mdb, or a single-file environment.')]
+Store = Annotated[Path, typer.Argument(metavar='STORE', callback=existing, help='Directory of a store, its data.mdb, a single-file environment, or the folder of a dataset in shards.')]
 Windows = Annotated[Optional[List[int]], typer.Option('--n-fft', help='Window length in samples, which is also the transform length; give several for several STFTs an item. [default: 2048]')]
 SameWindows = Annotated[Optional[List[int]], typer.Option('--win', help='Another name of --n-fft.')]
 
@@ -65,7 +66,7 @@ def _check_sides(summary, output_dir, val_wanted):
     if not train: echo(f'{output_dir}/train.lmdb has no items: all files that could be used validate.', err=True)
     if not val and val_wanted: echo(f'{output_dir}/val.lmdb has no items: choose another share, or name files with --val-list.', err=True)
 
-# %% ../../nbs/stft/29_main.ipynb #b33e83a2
+# %% ../../nbs/stft/29_main.ipynb #76045240
 @app.command('precompute')
 def precompute_command(
     inputs:Inputs,
@@ -88,6 +89,7 @@ def precompute_command(
     retry_refused:Annotated[bool, typer.Option('--retry-refused', help='With --resume: try the refused files again; nobody may read the stores meanwhile.')] = False,
     skip:Annotated[Optional[List[str]], typer.Option(help='Name of a file to be refused, whatever it holds; may be repeated.')] = None,
     map_size:Annotated[int, typer.Option(help='First guess of the size of a store, bytes; it grows by itself.')] = 1 << 30,
+    shards:Annotated[Optional[int], typer.Option('--shards', metavar='N', help='Make N pairs of stores, each by one task and in a folder of its own, to be read as one dataset; for a cluster, some for each worker.')] = None,
     durability:Annotated[Durability, typer.Option(help='fast: a kill loses nothing, a power cut the last commits. full: neither does.')] = 'fast',
     device:Device = 'cpu',
     timeout:Annotated[Optional[float], typer.Option(help='Seconds for one file.')] = None,
@@ -99,16 +101,16 @@ def precompute_command(
     with clear_errors('Interrupted. What was committed is safe: the same command with --resume goes on from there.', options):
         config = STFTConfig(sample_rate, _windows(n_fft, win), hop, 1 if mono else 2, segment_seconds, dtype.value)
         how = PrecomputeOptions(workers, device, durability.value, map_size, timeout, show_progress)
-        summary = precompute(inputs, output_dir, config, val_fraction, val_list, metadata, keep_audio, resume, retry_refused, skip or (), how, engine=engine_of(engine, scheduler, show_progress))
+        summary = precompute(inputs, output_dir, config, val_fraction, val_list, metadata, keep_audio, resume, retry_refused, skip or (), how, shards, engine=engine_of(engine, scheduler, show_progress))
         show(summary, True) if as_json else _print(summary)
         _check_sides(summary, output_dir, val_fraction > 0 or val_list is not None)
 
-# %% ../../nbs/stft/29_main.ipynb #6efb4fc8
+# %% ../../nbs/stft/29_main.ipynb #72dfeabc
 @app.command('info')
 def info_command(store:Store, as_json:Json = False):
     "Say what a store holds, and which files were refused."
     with clear_errors():
-        facts, refused = store_facts(store)
+        facts, refused = sharded_facts(store) if is_sharded(store) else store_facts(store)
         if as_json: return show(dict(facts, reasons=refused), True)
         show(facts, False)
         for name, reason in refused.items(): echo(f'refused: {name}: {reason}')
@@ -118,7 +120,7 @@ def info_command(store:Store, as_json:Json = False):
 def verify_command(store:Store, as_json:Json = False, show_progress:Progress = None):
     "Examine the database, read every item and compare its checksum."
     with clear_errors():
-        problems = verify_store(store, show_progress)
+        problems = verify_shards(store, show_progress) if is_sharded(store) else verify_store(store, show_progress)
         show(dict(path=str(store), problems=problems if as_json else len(problems)), as_json)
         for problem in problems[:20]: echo(problem, err=True)
         if problems: raise FormatError(f'{store}: {len(problems)} problems. Resume the job that makes it, restore the file, or precompute it again.')
