@@ -7,7 +7,7 @@ __all__ = ['ClickError', 'HELP', 'SHORT', 'Workers', 'EngineName', 'Scheduler', 
            'OutputDir', 'Device', 'say_error', 'clear_errors', 'Group', 'shared', 'Engines', 'engine_of', 'existing',
            'echo', 'show', 'for_people']
 
-# %% ../nbs/04_console.ipynb #cdfdeedc
+# %% ../nbs/04_console.ipynb #8915e35b
 import json
 import logging
 import os
@@ -21,6 +21,7 @@ from typing import Annotated, Optional
 import typer
 
 from .core import DatatoolsError, UsageError, bad_value, closest, human_bytes
+from .remote import is_url
 
 # %% ../nbs/04_console.ipynb #de7c1fae
 def say_error(
@@ -144,15 +145,15 @@ def engine_of(
         log.propagate = False
     return name
 
-# %% ../nbs/04_console.ipynb #98cf0484
+# %% ../nbs/04_console.ipynb #68f4deae
 def existing(
     param:typer.CallbackParam,  # the argument or option
     value,                      # a path, several, or None
 ):                              # the value
-    "For `callback=`: refuse paths of which nothing is there, as wrong usage"
+    "For `callback=`: refuse paths of which nothing is there, as wrong usage; what is at URLs is seen later"
     name = param.opts[-1] if param.param_type_name == 'option' else (param.metavar or param.name).strip('.[]')
     for path in value if isinstance(value, (list, tuple)) else [value]:
-        if path is not None and not os.path.exists(path): raise bad_value(name, str(path), 'a file or directory that exists')
+        if path is not None and not is_url(path) and not os.path.exists(path): raise bad_value(name, str(path), 'a file or directory that exists')
     return value
 
 # %% ../nbs/04_console.ipynb #cebd117a

@@ -9,7 +9,7 @@ __all__ = ['app', 'Directories', 'Directory', 'Parent', 'Ranges', 'PoolSize', 'M
            'compress_command', 'decompress_command', 'mix_report_command', 'stream_of', 'save_plot', 'train_command',
            'board_size_of', 'sweep_command', 'space_of']
 
-# %% ../../nbs/pool/39_main.ipynb #23074126
+# %% ../../nbs/pool/39_main.ipynb #66d5e067
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..console import Device, EngineName, Group, Json, OutputDir, Progress, Resu
 from ..core import FormatError, UsageError
 from .describe import facts_of, shard_directories
 from .shards import ShardDirectory
+from ..remote import is_url
 
 # %% ../../nbs/pool/39_main.ipynb #787e1277
 app = typer.Typer(name='pool', cls=Group, help='Mix millions of game positions from many shard directories, train on them, and search for hyperparameters.',
@@ -55,7 +56,7 @@ def weights_of(
     try: return [float(each) for each in text.split(',')]
     except ValueError: raise UsageError(f"weights={text} is not understood: allowed are 'rows', 'shards', or a number for each directory, such as 3,1.") from None
 
-# %% ../../nbs/pool/39_main.ipynb #6c4de952
+# %% ../../nbs/pool/39_main.ipynb #6de8905b
 @app.command('make-shards', short_help='Play games of Hex and write their positions.')
 def make_shards_command(
     output_dir:OutputDir = ...,
@@ -80,8 +81,8 @@ def make_shards_command(
 
 @app.command('convert', short_help='Turn pickled examples into shards; no pickle is trusted.')
 def convert_command(
-    inputs:Annotated[List[Path], typer.Argument(metavar='INPUTS...', callback=existing, help='Legacy files (.pkl.gz), and folders of them.')],
-    output_dir:OutputDir = ...,
+    inputs:Annotated[List[str], typer.Argument(metavar='INPUTS...', callback=existing, help='Legacy files (.pkl.gz), and folders of them, here or at URLs.')],
+    output_dir:Annotated[str, shared('--output-dir', more=', here or at a URL')] = ...,
     rows_per_shard:Annotated[int, typer.Option(help='Positions in a shard, at most.')] = 1_000_000,
     board_size:Annotated[Optional[int], typer.Option(help='Rows of the board. [default: that of the first file]')] = None,
     soft_policy:Annotated[bool, typer.Option('--soft-policy', help='Keep a probability for every cell, in longer records.')] = False,
@@ -98,7 +99,7 @@ def convert_command(
     from datatools.pool.legacy import convert
     with clear_errors('Interrupted. Files that were read are safe: the same command with --resume goes on from there.', dict(inputs='INPUTS', output='--output-dir')):
         made = convert(inputs, output_dir, workers, resume, rows_per_shard, board_size, soft_policy, group_by_game, game_ids.value, show=show_progress, engine=engine_of(engine, scheduler, show_progress))
-        show(facts_of(made), as_json)
+        show(facts_of(made) | (dict(path=output_dir) if is_url(output_dir) else {}), as_json)
 
 # %% ../../nbs/pool/39_main.ipynb #839e6dc6
 @app.command('info')

@@ -6,7 +6,7 @@
 __all__ = ['parse_range', 'Source', 'source_weights', 'find_shards', 'shard_groups', 'choose_groups', 'Split',
            'discover_and_split_multiple_data', 'check_separate']
 
-# %% ../../nbs/pool/33_sources.ipynb #303fa60a
+# %% ../../nbs/pool/33_sources.ipynb #5f9c3ede
 import html
 import math
 import numbers
@@ -18,6 +18,7 @@ import numpy as np
 
 from ..core import MismatchError, UsageError, bad_value, rng_for
 from .shards import Shard, ShardDirectory
+from ..remote import local_copy
 
 # %% ../../nbs/pool/33_sources.ipynb #fe9d977e
 def parse_range(
@@ -73,7 +74,7 @@ def source_weights(
     if not total: raise bad_value('weights', weights, 'such that something is left', 'No directory has records that take part.')
     return [replace(source, weight=value / total) for source, value in zip(sources, values)]
 
-# %% ../../nbs/pool/33_sources.ipynb #53eeffcd
+# %% ../../nbs/pool/33_sources.ipynb #06c8f4cb
 def _identity(shard):
     "What is the same for all names of one file"
     status = os.stat(shard.path)
@@ -97,7 +98,7 @@ def _checked_list(name, values):
 
 
 def find_shards(
-    data_dirs,           # list of shard directories: paths, or `ShardDirectory`
+    data_dirs,           # list of shard directories: paths, URLs, which are copied to this disk first, or `ShardDirectory`
     shard_ranges=None,   # list of ranges, see `parse_range`, one for each directory; None for all shards
     weights='rows',      # shares of the stream: by 'rows', by 'shards', or a list of positive numbers
 ) -> list:               # a `Source` for each directory, in the given order
@@ -109,7 +110,7 @@ def find_shards(
     sources = []
     for path, text in zip(data_dirs, ranges):
         if not isinstance(path, (str, os.PathLike, ShardDirectory)): raise bad_value('data_dirs', path, 'paths, or ShardDirectory objects, throughout')
-        directory = path if isinstance(path, ShardDirectory) else ShardDirectory.open(path)
+        directory = path if isinstance(path, ShardDirectory) else ShardDirectory.open(local_copy(path))
         chosen = parse_range(text, len(directory.shards), of=str(directory.path))
         sources.append(Source(directory, tuple(directory.shards[place] for place in chosen), 0.))
         _check_same_records(sources)
@@ -179,7 +180,7 @@ def _keeps_training(total, left, going):
     "Is something of every directory that takes part left for training if these rows go, too?"
     return bool(((left - going > 0) | (total == 0)).all())
 
-# %% ../../nbs/pool/33_sources.ipynb #191318f0
+# %% ../../nbs/pool/33_sources.ipynb #b4c72cb2
 @dataclass(frozen=True)
 class Split:
     "Sources for training and for validation, without a common shard or game"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PrecomputedSTFTDataset']
 
-# %% ../../nbs/stft/24_dataset.ipynb #1df89f5a
+# %% ../../nbs/stft/24_dataset.ipynb #af6eef8f
 import html, math, mmap, operator, os, warnings, weakref
 
 import lmdb
@@ -17,6 +17,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from ..core import FormatError, UsageError, bad_value, human_bytes
+from ..remote import local_copy
 from .records import Schema, decode_record
 from .store import environment, item_key, item_offsets, open_store
 from .transform import VIEWS, STFTConfig, spectrum_view, unpack
@@ -37,16 +38,16 @@ def _fields_of(
         if name not in offered: raise bad_value('fields', name, offered)
     return {name: scales.get(name) for name in fields}
 
-# %% ../../nbs/stft/24_dataset.ipynb #09b18209
+# %% ../../nbs/stft/24_dataset.ipynb #5946f9c3
 class PrecomputedSTFTDataset(torch.utils.data.Dataset):
     "Items of a precomputed store by number"
     def __init__(self,
-        data_dir,               # directory of the store, its data.mdb or a single-file environment
+        data_dir,               # directory of the store, its data.mdb or a single-file environment; what is at a URL is copied to this disk first
         fields = None,          # names of the arrays that an item shall have, None for all
         transform = None,       # called with each item, a dict of tensors; what it returns is the item
         view: str = 'stored',   # 'stored', 'complex', 'magnitude' or 'magnitude_phase'
     ):
-        self.info = open_store(data_dir)
+        self.info = open_store(local_copy(data_dir))
         self.path, self.count, self.transform, self.view = self.info.path, self.info.count, transform, view
         self.fields = _fields_of(self.info.schema, fields, view) if self.info.schema else {}
         self._environment = self._places = None

@@ -36,7 +36,7 @@ clear_config_errors = partial(console.clear_errors, memory=memory, options={key.
 @app.callback()
 def vst(): pass  # keeps the commands apart while there is only one
 
-# %% ../../nbs/vst/50_main.ipynb #310ce49f
+# %% ../../nbs/vst/50_main.ipynb #fc372b52
 Config = Annotated[str, typer.Option('--config', metavar='FILE', help='YAML file, or original_config.yaml or dataset_config_large.yaml, which come with the package.')]
 Settings = Annotated[List[str], typer.Option('--set', metavar='KEY=VALUE', help='Replaces a key of the file; can be given several times.')]
 
@@ -45,7 +45,7 @@ Settings = Annotated[List[str], typer.Option('--set', metavar='KEY=VALUE', help=
 def generate_command(
     config:Config = ...,
     setting:Settings = [],
-    output_dir:Annotated[Optional[Path], shared('--output-dir', more='; replaces output_dir of the file')] = None,
+    output_dir:Annotated[Optional[str], shared('--output-dir', more=', here or at a URL; replaces output_dir of the file')] = None,
     seed:Annotated[Optional[int], shared('--seed', more='; replaces seed of the file')] = None,
     workers:Annotated[Optional[int], shared('--workers', more='; replaces num_workers of the file')] = None,
     engine:EngineName = None,
@@ -57,7 +57,7 @@ def generate_command(
 ):
     "Render a data set, or what is missing of it."
     with clear_config_errors('Interrupted. Every sample that was finished is safe: the same command with --resume goes on from there.'):
-        given = dict(output_dir=output_dir and str(output_dir), seed=seed, num_workers=workers)
+        given = dict(output_dir=output_dir, seed=seed, num_workers=workers)
         settings = dict(map(parse_setting, setting)) | {key: value for key, value in given.items() if value is not None}
         wanted = load_config(config, **settings)
         if dry_run: return show_estimate(estimate(wanted, resume), as_json)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIELDS', 'ChunkEntry', 'header_problem', 'ChunkedDatasetReader', 'TorchSamples']
 
-# %% ../../nbs/vst/48_reader.ipynb #95d7d5dd
+# %% ../../nbs/vst/48_reader.ipynb #64f3883f
 import html
 import json
 import math
@@ -20,6 +20,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core import FormatError, Manifest, UsageError, bad_value, human_bytes, progress, rng_for
+from ..remote import local_copy
 from .chunks import FORMAT, VERSION, ChunkLayout, check_chunk, damage_named, foreign_problem, load_filters, open_chunk
 
 # %% ../../nbs/vst/48_reader.ipynb #ae1085fa
@@ -217,15 +218,15 @@ class _Readable(NamedTuple):
         positions = np.asarray(positions, np.int64)
         return positions + self.shifts[np.searchsorted(self.ends, positions, side='right')]
 
-# %% ../../nbs/vst/48_reader.ipynb #a8b12023
+# %% ../../nbs/vst/48_reader.ipynb #aa52ba22
 class ChunkedDatasetReader:
     "A dataset of chunk files: samples by number, at random, chunk by chunk, or as torch batches."
     def __init__(self,
-        path,               # directory with the chunk files, or one file
+        path,               # directory with the chunk files, or one file; what is at a URL is copied to this disk first
         handles: int = 16,  # files kept open, at least 1
     ):
         if isinstance(handles, bool) or not isinstance(handles, int) or handles < 1: raise bad_value('handles', handles, 'an integer >= 1')
-        self.path, self.handles = Path(path), handles
+        self.path, self.handles = Path(local_copy(path)), handles
         self.directory, self.chunks, self.manifest = _dataset_entries(self.path)
         self.layout, self.fields = self._first_layout()
         self._readable = _Readable.of(self.chunks)
