@@ -7,14 +7,23 @@ import sys
 
 import fsspec
 import pytest
+import soundfile
 from fsspec.implementations.memory import MemoryFileSystem
 
 from datatools import remote
-from datatools.core import DatatoolsError, FormatError, UsageError
+from datatools.core import DatatoolsError, FormatError, Manifest, MismatchError, UsageError, rng_for
 from datatools.groove.events import GrooveConfig
 from datatools.groove.train import FileList, train_model
+from datatools.pool import StreamingMixedShardDataset
+from datatools.pool.legacy import convert
 from datatools.remote import is_url, list_files, local_copy, read_at, stage_in, stage_out, staging_folder
+from datatools.stft import PrecomputedSTFTDataset, STFTConfig
+from datatools.stft.precompute import PrecomputeOptions, precompute
 from datatools.testing import write_drum_corpus
+from datatools.vst import ChunkedDatasetReader
+from datatools.vst.config import make_config
+from datatools.vst.generate import generate
+from test_pool_legacy import game, write as write_legacy
 
 
 class _Breaking(io.BytesIO):
@@ -71,6 +80,12 @@ def place(request, tmp_path):
     if request.param == 'file': return f'file://{tmp_path}/there'
     fsspec.filesystem('memory').store.clear()
     return 'memory://there'
+
+
+def write_song(path, seconds, seed=0):
+    "A sound file"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, rng_for(seed).uniform(-.5, .5, int(16_000 * seconds)).astype('float32'), 16_000)
 
 
 def write(folder, **contents):
@@ -198,15 +213,15 @@ def run_command(module, *arguments, **environment):
 def test_groove_counts_a_corpus_at_a_url(tmp_path):
     write_drum_corpus(tmp_path/'corpus', 12)
     (tmp_path/'list.txt').write_text(''.join(f'file://{path}\n' for path in sorted((tmp_path/'corpus').rglob('*.mid'))))
-    made = {}
-    for name, given in dict(here=[tmp_path/'corpus'], there=[f'file://{tmp_path}/corpus'], pattern=[f'file://{tmp_path}/corpus/*.mid'],
-                            listed=['--from-filelist', f'file://{tmp_path}/list.txt']).items():
-        done = run_command('datatools.groove', 'train', *given, '-o', tmp_path/f'{name}.model', '--workers', 2 if name == 'there' else 1)
-        assert done.returncode == 0, done.stderr
-        made[name] = (tmp_path/f'{name}.model').read_bytes()
-    assert made['here'] == made['there'] == made['pattern'] and len(made['listed']) == len(made['here'])
-    done = run_command('datatools.groove', 'train', f'file://{tmp_path}/nowhere', '-o', tmp_path/'x.model')
-    assert done.returncode == 2 and 'a directory with MIDI files' in done.stderr
+    def counted(name, files):
+        train_model(files, tmp_path/name, GrooveConfig())
+        return (tmp_path/name).read_bytes()
+    here = counted('here', FileList.from_directory(tmp_path/'corpus'))
+    assert here == counted('there', FileList.from_directory(f'file://{tmp_path}/corpus')) == counted('pattern', FileList.from_directory(f'file://{tmp_path}/corpus/*.mid'))
+    assert len(here) == len(counted('listed', FileList.from_file(f'file://{tmp_path}/list.txt')))
+    done = run_command('datatools.groove', 'train', f'file://{tmp_path}/corpus', '-o', tmp_path/'command', '--workers', 2)
+    assert done.returncode == 0 and (tmp_path/'command').read_bytes() == here, done.stderr
+    with pytest.raises(UsageError, match='a directory with MIDI files'): FileList.from_directory(f'file://{tmp_path}/nowhere')
 
 
 def test_a_store_that_does_not_answer_stops_the_count(faulty, tmp_path, monkeypatch):
@@ -214,3 +229,74 @@ def test_a_store_that_does_not_answer_stops_the_count(faulty, tmp_path, monkeypa
     def refuse(self, path, **_): raise ConnectionResetError('the line broke')
     monkeypatch.setattr(FaultyFileSystem, 'cat_file', refuse)
     with pytest.raises(DatatoolsError, match='the line broke'): train_model(FileList.from_directory('faulty://in'), tmp_path/'m.groove', GrooveConfig())  # and does not call the file unreadable
+
+
+def test_audio_at_a_url_makes_the_same_stores(tmp_path):
+    for number in range(3): write_song(tmp_path/f'audio/{number}.wav', seconds=1, seed=number)
+    (tmp_path/'audio'/'bad.wav').write_bytes(b'no audio')
+    made = {}
+    for name, source in dict(here=tmp_path/'audio', there=f'file://{tmp_path}/audio').items():
+        summary = precompute(str(source), tmp_path/name, STFTConfig(16_000, segment_seconds=.5), val_fraction=.3, options=PrecomputeOptions(workers=1 if name == 'there' else 0))
+        made[name] = [(tmp_path/name/side/'data.mdb').read_bytes() for side in ('train.lmdb', 'val.lmdb')], [summary[side]['reasons'] for side in ('train', 'val')]
+    assert made['here'] == made['there']
+    again = precompute(f'file://{tmp_path}/audio', tmp_path/'there', STFTConfig(16_000, segment_seconds=.5), val_fraction=.3, resume=True)
+    assert again['items_now'] == 0
+    write_song(tmp_path/'audio/0.wav', seconds=1, seed=9)  # as many bytes, another content
+    with pytest.raises(MismatchError, match='0.wav'): precompute(f'file://{tmp_path}/audio', tmp_path/'there', STFTConfig(16_000, segment_seconds=.5), val_fraction=.3, resume=True)
+
+
+def test_shards_at_a_url(tmp_path, faulty, monkeypatch):
+    monkeypatch.setenv('DATATOOLS_STAGE', str(tmp_path/'stage'))
+    (tmp_path/'old').mkdir()
+    rng = rng_for(1)
+    for number in range(3): write_legacy(tmp_path/f'old/shuffled_{number:04}.pkl.gz', game(rng, number))
+    convert(tmp_path/'old', tmp_path/'here', 0, rows_per_shard=20)
+    faulty.pipe({f'/old/{path.name}': path.read_bytes() for path in (tmp_path/'old').iterdir()})
+    FaultyFileSystem.breaks = {5}  # three downloads, then the second upload
+    with pytest.raises(DatatoolsError, match='could not be sent'): convert('faulty://old', 'faulty://new', 0, rows_per_shard=20)
+    assert Manifest.name not in list_files('faulty://new')
+    FaultyFileSystem.breaks = set()
+    convert('faulty://old', 'faulty://new', 0, rows_per_shard=20)
+    assert {name: faulty.cat_file(f'/new/{name}') for name in list_files('faulty://new')} == contents(tmp_path/'here')
+    with pytest.raises(UsageError, match='where nothing is'): convert('faulty://old', 'faulty://new', 0, False, 20)
+    monkeypatch.setenv('DATATOOLS_STAGE', str(tmp_path/'another machine'))
+    convert('faulty://old', 'faulty://new', 0, rows_per_shard=20)
+    rows = [len([*StreamingMixedShardDataset([place], random_seed=1, pool_size=100)]) for place in ('faulty://new', tmp_path/'here')]
+    assert rows[0] == rows[1] > 0
+
+
+def test_sounds_at_a_url(tmp_path, faulty, monkeypatch):
+    monkeypatch.setenv('DATATOOLS_STAGE', str(tmp_path/'stage'))
+    def config(place): return make_config(dict(output_dir=str(place), plugin_path='builtin', param_set='builtin', num_samples=6, samples_per_file=2, sample_rate=16_000, duration_seconds=.2, num_workers=1))
+    def chunks(files): return {name: content for name, content in files.items() if name.endswith('.h5')}
+    generate(config(tmp_path/'here'))
+    FaultyFileSystem.breaks = {2}
+    with pytest.raises(DatatoolsError, match='dataset.*could not be sent'): generate(config('faulty://out'))
+    there = list_files('faulty://out')
+    assert chunks(there) and Manifest.name not in there and len(chunks(there)) < 3
+    with pytest.raises(UsageError, match='where nothing is'): generate(config('faulty://out'))
+    FaultyFileSystem.breaks = set()
+    assert generate(config('faulty://out'), resume=True)['rendered_now'] == 0
+    assert chunks({name: faulty.cat_file(f'/out/{name}') for name in list_files('faulty://out')}) == chunks(contents(tmp_path/'here'))
+    monkeypatch.setenv('DATATOOLS_STAGE', str(tmp_path/'another machine'))
+    with ChunkedDatasetReader('faulty://out') as reader: assert len(reader) == 6 and reader.manifest['complete']
+    assert generate(config('faulty://out'), resume=True)['rendered_now'] == 0
+
+
+def test_a_store_at_a_url_is_opened(tmp_path, monkeypatch):
+    monkeypatch.setenv('DATATOOLS_STAGE', str(tmp_path/'stage'))
+    write_song(tmp_path/'audio/a.wav', seconds=1)
+    precompute(tmp_path/'audio', tmp_path/'made', STFTConfig(16_000), val_fraction=0, options=PrecomputeOptions(0))
+    with PrecomputedSTFTDataset(f'file://{tmp_path}/made/train.lmdb') as there, PrecomputedSTFTDataset(tmp_path/'made/train.lmdb') as here:
+        assert len(there) == 1 and all((there[0][name] == here[0][name]).all() for name in here.fields)
+
+
+def test_commands_take_urls(tmp_path):
+    (tmp_path/'old').mkdir()
+    write_legacy(tmp_path/'old/shuffled_0000.pkl.gz', game(rng_for(1)))
+    done = run_command('datatools.pool', 'convert', f'file://{tmp_path}/old', '-o', f'file://{tmp_path}/new', '--json', DATATOOLS_STAGE=str(tmp_path/'stage'))
+    assert done.returncode == 0 and json.loads(done.stdout)['path'] == f'file://{tmp_path}/new' and (tmp_path/'new'/Manifest.name).exists(), done.stderr
+    settings = [f'{key}={value}' for key, value in dict(num_samples=1, sample_rate=16_000, duration_seconds=.2, plugin_path='builtin', param_set='builtin').items()]
+    done = run_command('datatools.vst', 'generate', '--config', 'original_config.yaml', *(each for setting in settings for each in ('--set', setting)),
+                       '-o', f'file://{tmp_path}/sounds', DATATOOLS_STAGE=str(tmp_path/'stage'))
+    assert done.returncode == 0 and (tmp_path/'sounds'/Manifest.name).exists(), done.stderr
