@@ -207,7 +207,7 @@ def save_plot(report, path):
     figure = report.plot()
     getattr(figure, 'figure', figure).savefig(path, bbox_inches='tight')
 
-# %% ../../nbs/pool/39_main.ipynb #b8be6aa2
+# %% ../../nbs/pool/39_main.ipynb #08398f77
 Network = Annotated[str, typer.Option(help="Channels and blocks of the network, such as '16x2', '32x4' or '64x6'.")]
 Epochs = Annotated[int, typer.Option(help='Passes over the data.')]
 Fraction = Annotated[float, typer.Option('--validation-fraction', help='Share of the positions of every directory that is put aside; whole shards and whole games.')]
@@ -238,19 +238,22 @@ def train_command(
     show_progress:Progress = None,
     as_json:Json = False,
 ):
-    "Train a policy and value network on a mixed stream; interrupted, it goes on to the same result."
+    "Train a policy and value network on a mixed stream; interrupted, it goes on to the same result. Started by torchrun, all its processes share every batch."
     from datatools.pool.dataset import make_loader
     from datatools.pool.network import make_network
+    from datatools.pool.ranks import joined, place
     from datatools.pool.training import TrainingSettings, create_datasets, train
-    with clear_errors('Interrupted. The last checkpoint is safe: the same command with --resume goes on from there.', OPTIONS | dict(directory='--output-dir')):
+    with joined(device) as device, clear_errors('Interrupted. The last checkpoint is safe: the same command with --resume goes on from there.', OPTIONS | dict(directory='--output-dir')):
         directories = shard_directories(directories)
         size = board_size_of(directories)
-        training, validation = create_datasets(directories, shard_range or None, validation_fraction, batch_size=batch_size, random_seed=seed, pool_size=pool_size,
+        rank, ranks = place()
+        if batch_size % ranks: raise UsageError(f'batch_size={batch_size} cannot be divided among {ranks} processes: choose a multiple of {ranks}.')
+        training, validation = create_datasets(directories, shard_range or None, validation_fraction, batch_size=batch_size // ranks, random_seed=seed, pool_size=pool_size,
             max_memory_gb=max_memory_gb, order=order.value, weights=weights_of(weights), max_examples_unaugmented=max_examples, enable_augmentation=augmentation)
         if workers: training = make_loader(training, workers)
         settings = TrainingSettings(epochs=epochs, learning_rate=learning_rate, patience=patience)
         result = train(make_network(network, size, seed), training, validation, settings, output_dir, resume, device, show=show_progress)
-        show(dict(output_dir=str(output_dir), **result.history[-1]), as_json)
+        if not rank: show(dict(output_dir=str(output_dir), **result.history[-1]), as_json)
 
 
 def board_size_of(directories):

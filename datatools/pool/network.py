@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'TAKEN', 'SUMS', 'METRICS', 'ResidualBlock', 'framed', 'Po
            'batch_loss', 'metrics_of', 'save_checkpoint', 'load_checkpoint', 'save_network', 'load_network', 'predict',
            'boards_of', 'wins_against_random']
 
-# %% ../../nbs/pool/37_network.ipynb #6cf09a3d
+# %% ../../nbs/pool/37_network.ipynb #7774f2d8
 import math
 import pickle
 import re
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ..core import FormatError, atomic_write, bad_value, rng_for, seed_for
 from .hex import winner_of
+from .ranks import place, summed
 
 # %% ../../nbs/pool/37_network.ipynb #dc2f865e
 PRESETS = {'16x2': (16, 2), '32x4': (32, 4), '64x6': (64, 6)}
@@ -51,7 +52,7 @@ def framed(
     frame[:, 1, :, 0], frame[:, 1, :, -1] = 1, 1
     return frame
 
-# %% ../../nbs/pool/37_network.ipynb #521f1f15
+# %% ../../nbs/pool/37_network.ipynb #768a5dfc
 class PolicyValueNet(nn.Module):
     "A residual network with two heads: where to play, and who wins"
     def __init__(self,
@@ -100,7 +101,7 @@ def parameter_count(
     "How many numbers a model learns"
     return sum(parameter.numel() for parameter in model.parameters())
 
-# %% ../../nbs/pool/37_network.ipynb #bc89a01a
+# %% ../../nbs/pool/37_network.ipynb #c0b76115
 SUMS = ('policy_loss', 'policy_accuracy', 'policy_rows', 'value_loss', 'value_accuracy', 'value_rows')
 METRICS = ('loss', 'policy_loss', 'value_loss', 'policy_accuracy', 'value_accuracy')
 
@@ -110,6 +111,7 @@ def batch_loss(
     value_logits,               # (B, 1)
     batch: dict,                # 'policy' (B, cells) or int64 (B,) with -1 for none; 'value' (B, 1) in 0 … 1
     value_weight: float = 1.0,  # of the value's loss beside the policy's
+    together: bool = False,     # the batch is a part of one that all ranks have: the mean of their losses is that of the whole
 ):                              # loss to be minimised; float64 (6,): sums over the rows, as named by SUMS
     "The loss of a batch and the figures that are added up"
     policy, value = batch['policy'], batch['value']
@@ -120,7 +122,10 @@ def batch_loss(
         known, target = policy.sum(1) > 0, policy.argmax(1)
         each = -(policy * F.log_softmax(policy_logits, 1)).sum(1)
     values = F.binary_cross_entropy_with_logits(value_logits, value, reduction='none')
-    loss = each.sum() / known.sum().clamp(min=1) + value_weight * values.mean()
+    if not together: loss = each.sum() / known.sum().clamp(min=1) + value_weight * values.mean()
+    else:
+        ranks, counts = place()[1], summed(torch.stack([known.sum(), torch.full_like(known.sum(), len(known))]))
+        loss = ranks * (each.sum() / counts[0].clamp(min=1) + value_weight * values.sum() / counts[1])
     hits = ((policy_logits.argmax(1) == target) & known).sum()
     right = ((value_logits > 0) == (value > .5)).sum()
     sums = torch.stack([each.detach().sum().double(), hits.double(), known.sum().double(),
@@ -137,7 +142,7 @@ def metrics_of(
     value = {name: found[name] / max(1, found['value_rows']) for name in ('value_loss', 'value_accuracy')}
     return dict(loss=policy['policy_loss'] + value['value_loss'], **policy, **value)
 
-# %% ../../nbs/pool/37_network.ipynb #bcf2343a
+# %% ../../nbs/pool/37_network.ipynb #0579df58
 def save_checkpoint(
     path,           # destination, str or Path
     content: dict,  # tensors, numbers and text; network and model among them

@@ -6,7 +6,7 @@
 __all__ = ['VALIDATION_POOL', 'FORMAT', 'VERSION', 'TrainingSettings', 'learning_rate_at', 'create_datasets', 'evaluate',
            'checked_device', 'Trainer', 'DivergedError', 'score', 'TrainingResult', 'train']
 
-# %% ../../nbs/pool/37_training.ipynb #e1090982
+# %% ../../nbs/pool/37_training.ipynb #c49b203f
 import html
 import json
 import math
@@ -19,10 +19,13 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..core import DatatoolsError, Manifest, MismatchError, atomic_write, bad_value, canonical_json, file_lock, progress, stoppable
 from .dataset import StreamingMixedShardDataset
 from .network import METRICS, SUMS, batch_loss, load_checkpoint, load_network, metrics_of, save_checkpoint
+from .order import Share
+from .ranks import agreed, gathered, normalised_together, place, summed
 from .sources import check_separate, discover_and_split_multiple_data, find_shards
 
 # %% ../../nbs/pool/37_training.ipynb #b954cd21
@@ -104,7 +107,7 @@ def create_datasets(
     return StreamingMixedShardDataset(train, **options), StreamingMixedShardDataset(validation, pool_size=pool, max_memory_gb=options.get('max_memory_gb', 5.),
         enable_augmentation=False, max_examples_unaugmented=max_validation_examples, batch_size=batch_size, random_seed=random_seed)
 
-# %% ../../nbs/pool/37_training.ipynb #15155054
+# %% ../../nbs/pool/37_training.ipynb #c4339642
 @torch.no_grad()
 def evaluate(
     model: nn.Module,  # gives policy and value logits
@@ -120,8 +123,14 @@ def evaluate(
         batch = _moved(batch, device)
         sums += batch_loss(*model(batch['board']), batch)[1]
     model.train(was_training)
+    if getattr(_inner(dataset), 'world_size', place()[1]) > 1: sums = summed(sums)  # each rank has seen its part
     if not sums[-1]: raise bad_value('dataset', dataset, 'one that yields at least one batch')
     return metrics_of(sums)
+
+
+def _inner(dataset):
+    "The dataset of a loader"
+    return getattr(dataset, 'dataset', dataset)
 
 
 def _moved(batch, device):
@@ -137,7 +146,7 @@ def checked_device(
     if str(device) not in there: raise bad_value('device', str(device), there, 'Those are what torch finds on this machine.')
     return torch.device(device)
 
-# %% ../../nbs/pool/37_training.ipynb #d4107631
+# %% ../../nbs/pool/37_training.ipynb #3d046fa1
 class Trainer:
     "The state of a training, and what moves it on"
     def __init__(self,
@@ -152,6 +161,10 @@ class Trainer:
         self.model, self.train_dataset, self.validation_dataset = model.to(self.device), train_dataset, validation_dataset
         self.directory = None if directory is None else Path(directory)
         self.steps_per_epoch = len(train_dataset)
+        self.rank, self.world_size = place()
+        if (ranks := getattr(_inner(train_dataset), 'world_size', self.world_size)) != self.world_size:
+            raise bad_value('train_dataset', train_dataset, f'divided among {self.world_size} ranks, not {ranks}', 'Make it after joining the other ranks.')
+        self.learner = self.model if self.world_size == 1 else DistributedDataParallel(self.model, [self.device] if self.device.type == 'cuda' else None)
         if not self.steps_per_epoch: raise bad_value('train_dataset', train_dataset, 'one with at least one batch', 'Choose a smaller batch_size, or more shards.')
         decayed = [p for p in model.parameters() if p.ndim > 1]
         others = [p for p in model.parameters() if p.ndim <= 1]
@@ -170,7 +183,7 @@ class Trainer:
         "Has it gone on long enough without a better network?"
         return self.settings.patience is not None and self.stale >= self.settings.patience
 
-# %% ../../nbs/pool/37_training.ipynb #bfc564ec
+# %% ../../nbs/pool/37_training.ipynb #88561bc7
 @patch
 def learn(self: Trainer,
     batch: dict,  # of tensors: board, policy, value
@@ -179,7 +192,7 @@ def learn(self: Trainer,
     rate = learning_rate_at(self.step, self.total_steps, self.settings)
     for group in self.optimizer.param_groups: group['lr'] = rate
     batch = _moved(batch, self.device)
-    loss, sums = batch_loss(*self.model(batch['board']), batch, self.settings.value_weight)
+    loss, sums = batch_loss(*self.learner(batch['board']), batch, self.settings.value_weight, self.world_size > 1)
     self.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.gradient_clip)
@@ -195,18 +208,19 @@ class DivergedError(DatatoolsError):
 @patch
 def check_finite(self: Trainer) -> None:
     "Stop a training that has gone astray, before it is written over a good checkpoint"
-    if bool(torch.isfinite(self.sums).all()): return
+    if bool(torch.isfinite(summed(self.sums)).all()): return
     raise DivergedError(f'The loss is no longer a number at step {self.step} of epoch {self.epoch}. '
                         f'Lower learning_rate={self.settings.learning_rate:g}, or raise warmup_steps={self.settings.warmup_steps}; '
                         'if it happens at once, have the shards verified.')
 
-# %% ../../nbs/pool/37_training.ipynb #29966cd0
+# %% ../../nbs/pool/37_training.ipynb #0ebe2a26
 @patch
 def report(self: Trainer) -> dict:  # step, epoch, learning_rate, seconds, training and validation figures, best
     "Close a stretch of steps: evaluate, remember, and see whether it is the best so far"
     self.check_finite()
-    line = dict(step=self.step, epoch=self.epoch, rows=int(self.sums[-1]), seconds=round(self.seconds, 3),
-                learning_rate=self.optimizer.param_groups[0]['lr'], train=metrics_of(self.sums))
+    sums = summed(self.sums)
+    line = dict(step=self.step, epoch=self.epoch, rows=int(sums[-1]), seconds=round(self.seconds, 3),
+                learning_rate=self.optimizer.param_groups[0]['lr'], train=metrics_of(sums))
     if self.validation_dataset is not None: line['validation'] = evaluate(self.model, self.validation_dataset, self.device)
     self.sums.zero_()
     self.reported = self.step
@@ -232,7 +246,7 @@ def _better(self: Trainer, line, other):
     new, old = score(line, metric), score(other, metric)
     return new > old if metric.endswith('accuracy') else new < old
 
-# %% ../../nbs/pool/37_training.ipynb #970397b0
+# %% ../../nbs/pool/37_training.ipynb #0a2eb6a7
 FORMAT, VERSION = 'datatools pool training', 1
 
 
@@ -250,17 +264,19 @@ def _network_facts(model):
 
 def _facts(dataset):
     "What a dataset is, as far as it says: its length in batches, their size, and all that decides its order"
-    inner = getattr(dataset, 'dataset', dataset)  # of a loader
-    facts = inner.facts() if hasattr(inner, 'facts') else {}
-    return dict(batches=len(dataset), batch_size=getattr(inner, 'batch_size', None), **facts)
+    inner = _inner(dataset)
+    facts, size = inner.facts() if hasattr(inner, 'facts') else {}, getattr(inner, 'batch_size', None)
+    if not (size and hasattr(inner, 'plan')): return dict(batches=len(dataset), batch_size=size, **facts)
+    rows = inner.batch_size * inner.world_size  # of all ranks together: their number decides nothing
+    return dict(batches=len(Share(inner.plan.length, rows)), batch_size=rows, **facts)
 
-# %% ../../nbs/pool/37_training.ipynb #935d35e3
+# %% ../../nbs/pool/37_training.ipynb #7f9c9d59
 @patch
 def state_dict(self: Trainer) -> dict:  # tensors, numbers and text
     "Where the training stands"
-    generators = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if self.device.type == 'cuda' else [])
+    mine = dict(sums=self.sums.cpu(), cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state(self.device) if self.device.type == 'cuda' else None)
     return dict(network=_network_facts(self.model), model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-                data=canonical_json(self.train_dataset.state_dict()).decode(), generators=generators, sums=self.sums,
+                data=canonical_json(self.train_dataset.state_dict()).decode(), ranks=gathered(mine),
                 history=canonical_json(self.history).decode(), epoch=self.epoch, step=self.step, reported=self.reported,
                 stale=self.stale, seconds=self.seconds)
 
@@ -273,14 +289,16 @@ def load_state_dict(self: Trainer,
     self.train_dataset.load_state_dict(json.loads(state['data']))
     self.model.load_state_dict(state['model'])
     self.optimizer.load_state_dict(deepcopy(state['optimizer']))  # it would share the tensors with whoever gave the state
-    self.sums.copy_(state['sums'])
+    ranks = state['ranks']
+    mine, sums = ranks[self.rank % len(ranks)], [each['sums'] for each in ranks]
+    self.sums.copy_(sums[self.rank] if len(ranks) == self.world_size else sum(sums) if not self.rank else torch.zeros_like(self.sums))
     self.history = json.loads(state['history'])
     self.best = next((line for line in reversed(self.history) if line['best']), None)
     self.epoch, self.step, self.reported, self.stale, self.seconds = (state[name] for name in ('epoch', 'step', 'reported', 'stale', 'seconds'))
-    torch.set_rng_state(state['generators']['cpu'].cpu())
-    if self.device.type == 'cuda': torch.cuda.set_rng_state_all([generator.cpu() for generator in state['generators']['cuda']])
+    torch.set_rng_state(mine['cpu'].cpu())
+    if self.device.type == 'cuda' and mine['cuda'] is not None: torch.cuda.set_rng_state(mine['cuda'].cpu(), self.device)
 
-# %% ../../nbs/pool/37_training.ipynb #45807532
+# %% ../../nbs/pool/37_training.ipynb #dea3f497
 @patch
 def save(self: Trainer,
     best: bool = False,  # whether this is the best network so far
@@ -288,27 +306,29 @@ def save(self: Trainer,
     "Write a checkpoint; does nothing without a directory"
     if self.directory is None: return
     self.check_finite()
+    state = self.state_dict()  # to which all ranks contribute, before one of them writes
+    if self.rank: return
     if best:
         content = dict(network=_network_facts(self.model), model=self.model.state_dict(), report=canonical_json(self.best).decode())
         save_checkpoint(self.directory/'best.pt', content)
     with atomic_write(self.directory/'history.jsonl') as file: file.writelines(canonical_json(line) + b'\n' for line in self.history)
-    save_checkpoint(self.directory/'checkpoint.pt', self.state_dict())
+    save_checkpoint(self.directory/'checkpoint.pt', state)
 
-# %% ../../nbs/pool/37_training.ipynb #e6e34096
+# %% ../../nbs/pool/37_training.ipynb #b8b1c4cd
 @patch
 def prepare(self: Trainer,
     resume: bool = False,  # go on where the directory's checkpoint stands
 ) -> None:
     "Claim the directory: start in it, or go on with what is there"
     if resume and self.directory is None: raise bad_value('resume', resume, 'False where no directory is given', 'Name the directory of the training.')
-    if self.directory is None or not (resume and (self.directory/Manifest.name).exists()):
-        if self.directory is not None: Manifest.create(self.directory, FORMAT, VERSION, self.config())
+    if self.directory is None or not agreed(resume and (self.directory/Manifest.name).exists()):
+        if self.directory is not None and not self.rank: Manifest.create(self.directory, FORMAT, VERSION, self.config())
         return self.train_dataset.set_epoch(0)
     Manifest.open(self.directory, FORMAT, VERSION).check(self.config())
-    if (self.directory/'checkpoint.pt').exists(): self.load_state_dict(load_checkpoint(self.directory/'checkpoint.pt', self.device))
+    if agreed((self.directory/'checkpoint.pt').exists()): self.load_state_dict(load_checkpoint(self.directory/'checkpoint.pt', self.device))
     else: self.train_dataset.set_epoch(0)
 
-# %% ../../nbs/pool/37_training.ipynb #4eb6294c
+# %% ../../nbs/pool/37_training.ipynb #f3e88c4a
 @patch
 def _after_step(self: Trainer, on_report, epoch_ends=False):
     "Report and save, where it is time to"
@@ -330,9 +350,9 @@ def run(self: Trainer,
     "Train until the last epoch, or until nothing gets better"
     for line in self.history if on_report is not None else (): on_report(line)
     began = time.perf_counter() - self.seconds
-    bar = progress(total=self.total_steps, desc='training', show=show, unit='batch')
+    bar = progress(total=self.total_steps, desc='training', show=show and not self.rank, unit='batch')
     self.model.train()
-    with bar, stoppable() as interrupted:
+    with bar, normalised_together(self.model), stoppable() as interrupted:
         bar.update(self.step)
         while self.epoch < self.settings.epochs and not self.stopped:
             for batch in self.train_dataset:
@@ -341,12 +361,19 @@ def run(self: Trainer,
                 bar.update()
                 if self.step % 50 == 0: bar.set_postfix_str(self._figures(), refresh=False)
                 if self.step % self.steps_per_epoch: self._after_step(on_report)
-                if interrupted(): return self._interrupt()
+                if self._any(interrupted()): return self._interrupt()
                 if self.stopped: break
             else: self._after_step(on_report, epoch_ends=True)
         bar.set_postfix_str(self._figures())
 
-# %% ../../nbs/pool/37_training.ipynb #5b7ec5a7
+# %% ../../nbs/pool/37_training.ipynb #e7e9e943
+@patch
+def _any(self: Trainer, interrupted):
+    "Was one of the ranks interrupted? They ask each other every 16 steps, and stop at the same one"
+    if self.world_size == 1: return interrupted
+    return self.step % 16 == 0 and bool(summed(torch.tensor(float(interrupted), device=self.device)))
+
+
 @patch
 def _interrupt(self: Trainer):
     "Save, and let the interrupt go on"
@@ -386,7 +413,7 @@ class TrainingResult:
         if self.directory is None: raise bad_value('directory', None, 'given', 'Train with directory=… to keep the best network.')
         return load_network(self.directory/'best.pt')
 
-# %% ../../nbs/pool/37_training.ipynb #55c9d28f
+# %% ../../nbs/pool/37_training.ipynb #0af772f8
 def train(
     model: nn.Module,                   # is trained in place
     train_dataset,                      # yields batches, as `create_datasets` makes it
@@ -395,7 +422,7 @@ def train(
     directory = None,                   # where checkpoints, history and the best network go, None for nowhere
     resume: bool = False,               # go on with what is in the directory
     device = 'cpu',                     # where to compute, as 'cuda'
-    on_report = None,                   # called with each line of the history, those from before a resumption too; may raise to stop
+    on_report = None,                   # called, on every rank, with each line of the history, those from before a resumption too; may raise to stop
     show: bool = True,                  # a progress bar
 ) -> TrainingResult:
     "Train a network, with checkpoints; resumed at any step, the result is the same bit for bit"
@@ -403,7 +430,7 @@ def train(
     with ExitStack() as stack:
         if directory is not None:
             Path(directory).mkdir(parents=True, exist_ok=True)
-            stack.enter_context(file_lock(Path(directory)/'train.lock'))
+            if not place()[0]: stack.enter_context(file_lock(Path(directory)/'train.lock'))
         trainer = Trainer(model, train_dataset, validation_dataset, settings, directory, device)
         trainer.prepare(resume)
         trainer.run(on_report, show)
