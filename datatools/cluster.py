@@ -136,7 +136,7 @@ class DaskEngine(Engine):
             LOG.warning('%s has no workers, and the job waits for them. Start some: dask worker %s', self._name(), self._name())
             self.manned = self.counted
 
-# %% ../nbs/05_cluster.ipynb #039e0e24
+# %% ../nbs/05_cluster.ipynb #572f6cfe
 @patch
 def start(self: DaskEngine):
     self.ended, self.futures, self.attempts, self.threads = queue.SimpleQueue(), {}, 0, 0
@@ -155,8 +155,17 @@ def stop(self: DaskEngine):
     if client is not None:
         futures, self.futures = [*self.futures.values()], {}
         if futures and client.status == 'running': client.cancel(futures, force=True)
-        if client is not self.given: client.close()
+        if client is not self.given: _close(client)
     if cluster is not None: cluster.close()
+
+
+def _close(client):
+    "Close a client; one whose scheduler is gone would tell of its attempts to find it again"
+    log = logging.getLogger('distributed.client')
+    level = log.level
+    if client.status != 'running': log.setLevel(logging.CRITICAL)
+    try: client.close()
+    finally: log.setLevel(level)
 
 @patch
 def _name(self: DaskEngine): return self.client.scheduler.address if self.client.scheduler else str(self.given)

@@ -10,7 +10,7 @@ __all__ = ['READ_BYTES', 'LINE', 'TWO_LINES', 'UNKNOWN', 'SIZES', 'PREFIX_BYTES'
            'read_block', 'winner', 'check_boards', 'check_policies', 'convert_file', 'find_legacy_files', 'game_order',
            'convert']
 
-# %% ../../nbs/pool/32_legacy.ipynb #9613df8f
+# %% ../../nbs/pool/32_legacy.ipynb #723bf02f
 import gzip
 import io
 import os
@@ -26,7 +26,7 @@ import numpy as np
 from numba import njit
 
 from ..arrays import ArrayFile
-from ..core import (FormatError, Manifest, MismatchError, UsageError, bad_value, check_same_config, config_hash, hash_file, human_bytes, read_json,
+from ..core import (FormatError, Manifest, MismatchError, UsageError, bad_value, check_same_config, config_hash, file_lock, hash_file, human_bytes, read_json,
                             seed_for, write_json)
 from ..jobs import Task, run_tasks
 from .hex import HexCodec, check_board_size, winner_of
@@ -597,7 +597,7 @@ def _check_output(output, resume):
     if output.exists() and shard_files(output) and not (output/RECORD).exists():
         raise bad_value('output', str(output), 'a new directory', f'It holds shards that were not converted: there is no {RECORD}.')
 
-# %% ../../nbs/pool/32_legacy.ipynb #55b72f76
+# %% ../../nbs/pool/32_legacy.ipynb #4f84aa9d
 def _sent(directory, place):
     "A finished directory, which is also where it was asked for"
     if is_url(place): stage_out(directory.path, place)
@@ -621,6 +621,7 @@ def convert(
 ):                                  # the `ShardDirectory`
     "Convert legacy files to a directory of shards; every example is checked"
     files, place = find_legacy_files(inputs), output
+    if is_url(place) and engine not in ('local', 'dask'): raise bad_value('output', place, 'a folder that all machines of the cluster see', 'Copy it to the URL afterwards.')
     output = output_folder(place, resume) if is_url(place) else Path(place)
     options = _options(board_size, soft_policy, game_ids, source_number)
     if type(rows_per_shard) is not int or rows_per_shard < 1: raise bad_value('rows_per_shard', rows_per_shard, 'a positive integer')
@@ -629,11 +630,13 @@ def convert(
     _check_output(output, resume)
     if done := _finished(output, wanted, board_size): return _sent(done, place)
     (output/PARTS).mkdir(parents=True, exist_ok=True)
-    parts, facts = _make_parts(files, output, options, limit_bytes, workers, show, engine)
-    _agree(files, facts, board_size)
-    joined = _Parts(parts)
-    described = [fact | dict(bytes=size) for fact, (_, size) in zip(facts, sizes)]
-    write_json(output/RECORD, wanted | _counted(joined) | dict(files=described))
-    _assemble(joined, output, HexCodec(facts[0]['board_size'], soft_policy), rows_per_shard, group_by_game, f'{len(files)} legacy files')
-    shutil.rmtree(output/PARTS)
+    with file_lock(output/PARTS/'lock'):  # from the first part to the last shard
+        if done := _finished(output, wanted, board_size): return _sent(done, place)  # by another program, just before we had the lock
+        parts, facts = _make_parts(files, output, options, limit_bytes, workers, show, engine)
+        _agree(files, facts, board_size)
+        joined = _Parts(parts)
+        described = [fact | dict(bytes=size) for fact, (_, size) in zip(facts, sizes)]
+        write_json(output/RECORD, wanted | _counted(joined) | dict(files=described))
+        _assemble(joined, output, HexCodec(facts[0]['board_size'], soft_policy), rows_per_shard, group_by_game, f'{len(files)} legacy files')
+        shutil.rmtree(output/PARTS)
     return _sent(ShardDirectory.open(output), place)
