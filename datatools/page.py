@@ -21,7 +21,7 @@ import numpy as np
 
 from .core import atomic_write, human_bytes
 
-# %% ../nbs/93_page.ipynb #6866b4a8
+# %% ../nbs/93_page.ipynb #d6c4cc6c
 STYLE = {'svg.fonttype': 'none', 'svg.hashsalt': 'datatools', 'font.family': 'sans-serif', 'font.size': 10, 'axes.spines.top': False, 'axes.spines.right': False,
          'axes.edgecolor': '#888888', 'xtick.color': '#888888', 'ytick.color': '#888888', 'xtick.labelcolor': 'black', 'ytick.labelcolor': 'black',
          'legend.frameon': False, 'axes.titlesize': 10, 'axes.titlelocation': 'left', 'axes.facecolor': 'none', 'figure.facecolor': 'none', 'image.cmap': 'magma'}
@@ -39,8 +39,8 @@ def figure_svg(
         figure.savefig(file, format='svg', transparent=True, bbox_inches='tight', metadata=dict.fromkeys(('Date', 'Creator', 'Format', 'Type')))
         plt.close(figure)
     text = file.getvalue().decode()
-    text = re.sub(r'(width|height)="[\d.]+pt" ?', '', text[text.index('<svg'):], count=2)
-    return re.sub(r'#000000|(?<=fill: |roke: )black', 'currentColor', text)
+    text = re.sub(r'width="([\d.]+)pt" height="[\d.]+pt"', lambda size: f'width="{float(size[1]) * 4 / 3:.0f}" fill="currentColor"', text[text.index('<svg'):], count=1)
+    return text.replace('#000000', 'currentColor')
 
 # %% ../nbs/93_page.ipynb #a38dc679
 def data_uri(
@@ -104,12 +104,12 @@ def section(
     "A part of the page"
     return f'<section><h2>{escape(title)}</h2><p>{escape(text)}</p>{"".join(parts)}</section>'
 
-# %% ../nbs/93_page.ipynb #5d2ee65c
+# %% ../nbs/93_page.ipynb #a86cbf30
 def _surprise(groove: dict):
     "Bits per onset of the model and of simpler ones"
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(7, 1.5))
-    bars = {'any of 153 events': np.log2(153), 'how often each occurs': groove['bits_without_context'], 'this model': groove['bits_per_onset']}
+    bars = {'all 153 events alike': np.log2(153), 'how often each occurs': groove['bits_without_context'], 'this model': groove['bits_per_onset']}
     axis.barh([*bars], [*bars.values()], color=[GREY, GREY, BLUE], height=.6)
     for row, bits in enumerate(bars.values()): axis.text(bits + .08, row, f'{bits:.2f}', va='center')
     axis.invert_yaxis()
@@ -122,9 +122,12 @@ def _roll(part):
     "A groove as a piano roll"
     import matplotlib.pyplot as plt
     from datatools.groove.events import GrooveConfig, plot_events, tokenise
-    figure, axis = plt.subplots(figsize=(7, 2))
-    plot_events(tokenise(part, GrooveConfig()), GrooveConfig(), ax=axis)
-    axis.set(xlabel='')
+    figure, axis = plt.subplots(figsize=(4, 1.7))
+    plot_events(tokenise(part, GrooveConfig()), GrooveConfig(), 2, ax=axis)
+    for strokes in axis.collections: strokes.set_sizes([70])
+    axis.set(xlabel='', xticks=range(0, 32, 4), xticklabels='12341234')
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
     return figure
 
 
@@ -145,7 +148,17 @@ def groove_section(
             f'Then it played {results["rhythms"]["amount"]} grooves of four bars, with accents and timing of its own; here on a small drum kit.')
     return section('A model that drums', text, figure(figure_svg(_surprise, groove), 'Bits the model needs for an onset, beside models that know less'), f'<div class=cards>{"".join(cards)}</div>')
 
-# %% ../nbs/93_page.ipynb #1f36cb6d
+# %% ../nbs/93_page.ipynb #0a94602f
+def _setting(
+    parameters: dict,  # raw values by name
+) -> str:
+    "What a setting of the built-in synth sounds like; nothing of another instrument"
+    from datatools.vst.synth import CONTROLS
+    if not parameters.keys() <= CONTROLS.keys(): return ''
+    wave, kind, corner = (CONTROLS[name].text(parameters[name]) for name in ('oscillator_1_waveform', 'filter_type', 'filter_cutoff'))
+    return f': {wave}, ' + ('no filter' if kind == 'off' else f'{kind} at {corner}')
+
+
 def sounds_section(
     out: Path,      # folder of the demo
     results: dict,  # of the stages, by name
@@ -154,9 +167,9 @@ def sounds_section(
     from datatools.vst.reader import ChunkedDatasetReader
     cards, styles = [], results['rhythms']['styles']
     with ChunkedDatasetReader(out/'sounds') as reader:
-        for sample in reader.get_random_samples(min(6, len(reader)), 0, ('audio', 'mel_spec', 'phrase', 'loudness')):
+        for sample in reader.get_random_samples(min(6, len(reader)), 0, ('audio', 'mel_spec', 'phrase', 'parameters')):
             rhythm = int(sample['phrase'])
-            name = f'sound {sample["global_id"]}: rhythm {rhythm}' + (f', {styles[rhythm]}' if styles[rhythm] else '')
+            name = f'rhythm {rhythm}' + (f', {styles[rhythm]}' if styles[rhythm] else '') + _setting(sample['parameters'])
             loud = sample['mel_spec'][0]
             cards.append(figure(picture(loud, f'mel spectrogram of {name}', loud.max() - 70, loud.max()) + sound_player(sample['audio'][0].astype(np.float32), sample['sample_rate'], name), name, 'card'))
     sounds = results['sounds']
@@ -193,7 +206,7 @@ def listener_section(
             f'the nearest of the training sounds would be right in {listener["nearest_neighbour"]:.0%}, the most frequent answer in {listener["chance"]:.0%}.')
     return section('A net that hears which groove it is', text, figure(figure_svg(_listening, listener), 'Sounds that were held out: right answers after each epoch, and what was taken for what at the end'))
 
-# %% ../nbs/93_page.ipynb #b6ba99d3
+# %% ../nbs/93_page.ipynb #3089d812
 def mixture_section(
     out: Path,      # folder of the demo
     results: dict,  # of the stages, by name
@@ -202,7 +215,7 @@ def mixture_section(
     mixture, positions = results['mixture'], results['positions']
     names = ', '.join(f'{count:,} of {name} players' for name, count in positions['directories'].items())
     text = (f'{positions["amount"]:,} positions of Hex lie game after game in three directories: {names}. A pool of {mixture["pool"]:,} positions turns them into a stream '
-            f'in which every batch holds something of nearly every one of the {mixture["shards"]} shards for training. In the picture each shard has its colour, and a mixed stream is noise.')
+            f'in which a batch of {mixture["batch"]} holds as much of each as chance would have it. In the picture each of the {mixture["shards"]} shards for training has its colour, and a mixed stream is noise.')
     return section('Positions, mixed as they are read', text, figure((out/'mixture/mixture.svg').read_text(encoding='utf-8'), 'The stream of an epoch in the colours of its shards, and how far windows of it are from a full shuffle'),
                    f'<details><summary>The figures of the report</summary>{table(["measure", "this stream", "full shuffle"], mixture["table"])}</details>')
 
@@ -243,7 +256,7 @@ def player_section(
     return section('A net that plays Hex', text, '<div class=pair>' + figure(figure_svg(_playing, player), 'Games that were held out, during the training')
                    + figure(_game(load_network(out/'player/network.pt')), 'A game of the net against itself: blue connects top and bottom, red left and right') + '</div>')
 
-# %% ../nbs/93_page.ipynb #8c997c35
+# %% ../nbs/93_page.ipynb #48adcb6d
 def _folder_bytes(folder): return sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())
 
 
@@ -263,7 +276,7 @@ def throughput_section(
     for name, result in results.items():
         found = timings.get(name, {})
         seconds = found.get('seconds') if found.get('runs') == 1 else None
-        rows.append([name, DONE[name], f'{result["amount"]:,}', result['unit'], f'{seconds:.1f}' if seconds else 'resumed', f'{result["amount"] / seconds:,.0f}' if seconds else '',
+        rows.append([name, DONE[name], f'{result["amount"]:,}', result['unit'], f'{seconds:.1f}' if seconds else 'resumed', f'{result["amount"] / seconds:,.{0 if result["amount"] > 10 * seconds else 2}f}' if seconds else '',
                      human_bytes(_folder_bytes(out/name))])
     commands = '\n'.join(f'datatools {command}' for command in READ.values())
     text = (f'Measured on {os.cpu_count()} cores with Python {platform.python_version()}, two stages at a time. The seconds include starting a process, '
@@ -271,7 +284,7 @@ def throughput_section(
     return section('What took how long', text, table(['stage', 'what was done', 'amount', 'of', 'seconds', 'per second', 'on disk'], rows),
                    f'<p>Everything is in the folder of this page. To look closer, from there:</p><pre>{escape(commands)}</pre>')
 
-# %% ../nbs/93_page.ipynb #4271d1a1
+# %% ../nbs/93_page.ipynb #ffc238f6
 CSS = """
 :root { color-scheme: light dark; --ink: light-dark(#1f2430, #e6e8ee); --soft: light-dark(#5a6372, #a3abba); --ground: light-dark(#fbfaf7, #14171d);
   --card: light-dark(#ffffff, #1c2029); --line: light-dark(#e3e0d8, #2d333f); --accent: light-dark(#2f6fae, #7db4ea); }
@@ -284,7 +297,7 @@ section { border-top: 1px solid var(--line); padding-top: 1.6rem; margin-top: 2.
 .fact { background: var(--card); border: 1px solid var(--line); border-radius: .7rem; padding: .9rem 1.1rem } .fact b { display: block; font-size: 1.9rem; line-height: 1.2; color: var(--accent); font-variant-numeric: tabular-nums }
 .fact span { color: var(--soft); font-size: .92rem; line-height: 1.35; display: block }
 figure { margin: 1rem 0 } figcaption { color: var(--soft); font-size: .88rem; margin-top: .35rem }
-figure svg { max-width: 100%; height: auto; display: block } figure svg text { fill: currentColor }
+figure svg { max-width: 100%; height: auto; display: block }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem } .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1.5rem; align-items: end }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .7rem; padding: .9rem; margin: 0 } .card svg { width: 100% }
 .card img { width: 100%; height: 8rem; border-radius: .35rem; display: block; image-rendering: auto } audio { width: 100%; height: 2.4rem; margin-top: .6rem; display: block }
