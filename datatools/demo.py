@@ -28,8 +28,8 @@ from .console import Group, Json, Seed, Workers, clear_errors, echo, existing, s
 from .core import DatatoolsError, FormatError, Manifest, atomic_write, bad_value, clean_temporaries, config_hash, file_lock, hash_file, read_json, seed_for, write_json
 from .jobs import _deaf_children, call, die_with_parent
 
-# %% ../nbs/92_demo.ipynb #887db1de
-SIZES = dict(loops=200, rhythms=12, sounds=280, listener_epochs=7, games=1000, player_epochs=2)
+# %% ../nbs/92_demo.ipynb #74e38466
+SIZES = dict(loops=200, rhythms=12, sounds=320, listener_epochs=8, games=1000, player_epochs=2)
 QUICK_SIZES = dict(loops=30, rhythms=3, sounds=24, listener_epochs=2, games=60, player_epochs=1)
 SAMPLE_RATE, SECONDS, WINDOW, BOARD_SIZE, BATCH, POOL = 22_050, 2.5, 1024, 7, 512, 16_384
 
@@ -272,7 +272,7 @@ def learn_epoch(
         total, items = total + loss.item() * len(rhythms), items + len(rhythms)
     return total / items
 
-# %% ../nbs/92_demo.ipynb #a2ea0c27
+# %% ../nbs/92_demo.ipynb #b3d9a3a6
 def train_listener(
     settings: DemoSettings,
     folder: Path,   # where checkpoint.pt and listener.pt go
@@ -285,18 +285,19 @@ def train_listener(
     from datatools.stft.dataset import PrecomputedSTFTDataset
     from datatools.stft.loader import make_loader
     from datatools.stft.transform import one_thread
-    count, history = len([*rhythms.glob('*.mid')]), []
+    count, epochs, history = len([*rhythms.glob('*.mid')]), settings.sizes['listener_epochs'], []
     net = make_listener(count, settings.part('listener'))
-    optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=.05)
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=.05)
     with one_thread(), PrecomputedSTFTDataset(spectra/'train.lmdb') as train, PrecomputedSTFTDataset(spectra/'val.lmdb') as validation:
-        loader, known, asked = (make_loader(store, 16, shuffle=store is train and shuffle, seed=settings.part('listener', 'order'), metadata=True)
+        loader, known, asked = (make_loader(store, 8, shuffle=store is train and shuffle, seed=settings.part('listener', 'order'), metadata=True)
                                 for store, shuffle in ((train, True), (train, False), (validation, False)))
         if (folder/'checkpoint.pt').exists():
             state = load_checkpoint(folder/'checkpoint.pt')
             net.load_state_dict(state['model']), optimizer.load_state_dict(state['optimizer'])
             history = json.loads(state['history'])
-        for epoch in range(len(history), settings.sizes['listener_epochs']):
+        for epoch in range(len(history), epochs):
             loader.set_epoch(epoch)
+            for group in optimizer.param_groups: group['lr'] = 4e-3 * (1 - epoch / epochs)
             loss, (right, said) = learn_epoch(net, optimizer, loader), hear(net, asked)
             history.append(dict(loss=loss, accuracy=float((right == said).double().mean())))
             save_checkpoint(folder/'checkpoint.pt', dict(network={}, model=net.state_dict(), optimizer=optimizer.state_dict(), history=json.dumps(history)))

@@ -76,15 +76,15 @@ def picture(
     plt.imsave(file, np.asarray(values)[::-1], vmin=low, vmax=high, cmap='magma', format='png')
     return f'<img alt="{escape(label)}" src="{data_uri(file.getvalue(), "image/png")}">'
 
-# %% ../nbs/93_page.ipynb #d6ca54e0
+# %% ../nbs/93_page.ipynb #200444af
 def table(
     head,  # names of the columns
-    rows,  # lists of text; a number is text that begins with a digit, and is set to the right
+    rows,  # lists of text; a column in which the first row has a number is set to the right
 ) -> str:  # HTML
     "A table"
-    def cell(text, tag='td'): return f'<{tag}{" class=number" if re.match(r"[-≤]?[0-9]", str(text)) and tag == "td" else ""}>{escape(str(text))}</{tag}>'
-    body = ''.join('<tr>' + ''.join(map(cell, row)) + '</tr>' for row in rows)
-    return f'<div class=wide><table><thead><tr>{"".join(cell(name, "th") for name in head)}</tr></thead><tbody>{body}</tbody></table></div>'
+    kinds = [' class=number' if re.match(r'[-≤]?[0-9]', str(text)) else '' for text in rows[0]]
+    def row(cells, tag): return '<tr>' + ''.join(f'<{tag}{kind}>{escape(str(text))}</{tag}>' for text, kind in zip(cells, kinds)) + '</tr>'
+    return f'<div class=wide><table><thead>{row(head, "th")}</thead><tbody>{"".join(row(cells, "td") for cells in rows)}</tbody></table></div>'
 
 
 def figure(
@@ -104,7 +104,7 @@ def section(
     "A part of the page"
     return f'<section><h2>{escape(title)}</h2><p>{escape(text)}</p>{"".join(parts)}</section>'
 
-# %% ../nbs/93_page.ipynb #a86cbf30
+# %% ../nbs/93_page.ipynb #18d68a9d
 def _surprise(groove: dict):
     "Bits per onset of the model and of simpler ones"
     import matplotlib.pyplot as plt
@@ -126,6 +126,7 @@ def _roll(part):
     plot_events(tokenise(part, GrooveConfig()), GrooveConfig(), 2, ax=axis)
     for strokes in axis.collections: strokes.set_sizes([70])
     axis.set(xlabel='', xticks=range(0, 32, 4), xticklabels='12341234')
+    for line in axis.lines: line.set(color=GREY, alpha=.5 if line.get_xdata()[0] % 16 == 0 else .2)
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
     return figure
@@ -177,10 +178,11 @@ def sounds_section(
             f'Written out as audio, {results["spectra"]["audio_seconds"]:,.0f} seconds became a store of short-time Fourier transforms, {results["spectra"]["train"]:,} items to train on and {results["spectra"]["validation"]:,} to try it on.')
     return section('The same grooves in a synthesizer', text, f'<div class=cards>{"".join(cards)}</div>')
 
-# %% ../nbs/93_page.ipynb #5292aa70
+# %% ../nbs/93_page.ipynb #df6f0297
 def _listening(listener: dict):
     "Accuracy over the epochs, and what was taken for what"
     import matplotlib.pyplot as plt
+    from matplotlib.colors import to_rgb
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), width_ratios=(1.4, 1), layout='constrained')
     history = [line['accuracy'] for line in listener['history']]
     left.plot(range(1, len(history) + 1), history, 'o-', color=BLUE, label='net')
@@ -189,9 +191,10 @@ def _listening(listener: dict):
         left.text(len(history), value + .02, name, ha='right', color=GREY)
     left.set(ylim=(0, 1.05), xlabel='epoch', ylabel='share of right answers', xticks=range(1, len(history) + 1))
     shares = np.array(listener['confusion'], float)
-    right.imshow(shares / shares.sum(1, keepdims=True).clip(1), vmin=0, vmax=1, cmap='Blues')
+    shares /= shares.sum(1, keepdims=True).clip(1)
+    right.imshow(np.dstack([np.full((*shares.shape, 3), to_rgb(BLUE)), shares]))  # the less, the more transparent
     right.set(xlabel='the net says', ylabel='rhythm that is played', xticks=range(len(shares)), yticks=range(len(shares)))
-    right.spines[:].set_visible(False)
+    right.spines[:].set(visible=True, alpha=.4)
     return figure
 
 
@@ -256,14 +259,14 @@ def player_section(
     return section('A net that plays Hex', text, '<div class=pair>' + figure(figure_svg(_playing, player), 'Games that were held out, during the training')
                    + figure(_game(load_network(out/'player/network.pt')), 'A game of the net against itself: blue connects top and bottom, red left and right') + '</div>')
 
-# %% ../nbs/93_page.ipynb #48adcb6d
+# %% ../nbs/93_page.ipynb #721b6d26
 def _folder_bytes(folder): return sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())
 
 
 DONE = dict(drums='make the corpus', groove='count the model in four shards, merge, evaluate', rhythms='sample grooves', sounds='render them with random settings',
             spectra='write audio, transform it into LMDB', listener='train a net on the spectra', positions='play games of Hex', mixture='mix, and measure how well',
             player='train a net on the stream')
-READ = dict(groove='groove info groove/model.groove', sounds='vst info sounds', spectra='stft info spectra/train.lmdb', positions='pool inspect positions')
+READ = dict(groove='groove info groove/model.groove', sounds='vst info sounds', spectra='stft info spectra/train.lmdb', positions='pool info positions')
 
 
 def throughput_section(
@@ -279,12 +282,12 @@ def throughput_section(
         rows.append([name, DONE[name], f'{result["amount"]:,}', result['unit'], f'{seconds:.1f}' if seconds else 'resumed', f'{result["amount"] / seconds:,.{0 if result["amount"] > 10 * seconds else 2}f}' if seconds else '',
                      human_bytes(_folder_bytes(out/name))])
     commands = '\n'.join(f'datatools {command}' for command in READ.values())
-    text = (f'Measured on {os.cpu_count()} cores with Python {platform.python_version()}, two stages at a time. The seconds include starting a process, '
+    text = (f'Measured on {os.cpu_count()} cores with Python {platform.python_version()}, with stages that do not wait for each other side by side. The seconds include starting a process, '
             'and in a first run the compilation of the machine code that later runs find on the disk.')
     return section('What took how long', text, table(['stage', 'what was done', 'amount', 'of', 'seconds', 'per second', 'on disk'], rows),
                    f'<p>Everything is in the folder of this page. To look closer, from there:</p><pre>{escape(commands)}</pre>')
 
-# %% ../nbs/93_page.ipynb #ffc238f6
+# %% ../nbs/93_page.ipynb #1f543646
 CSS = """
 :root { color-scheme: light dark; --ink: light-dark(#1f2430, #e6e8ee); --soft: light-dark(#5a6372, #a3abba); --ground: light-dark(#fbfaf7, #14171d);
   --card: light-dark(#ffffff, #1c2029); --line: light-dark(#e3e0d8, #2d333f); --accent: light-dark(#2f6fae, #7db4ea); }
@@ -301,8 +304,8 @@ figure svg { max-width: 100%; height: auto; display: block }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem } .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1.5rem; align-items: end }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .7rem; padding: .9rem; margin: 0 } .card svg { width: 100% }
 .card img { width: 100%; height: 8rem; border-radius: .35rem; display: block; image-rendering: auto } audio { width: 100%; height: 2.4rem; margin-top: .6rem; display: block }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .92rem; width: 100% } th, td { text-align: left; padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
-th { color: var(--soft); font-weight: 600 } .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .92rem; width: 100% } th, td { text-align: left; padding: .4rem 1rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
+th { color: var(--soft); font-weight: 600 } th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .8rem 1rem; overflow-x: auto } summary { cursor: pointer; color: var(--accent) } footer { color: var(--soft); font-size: .88rem; margin-top: 3rem }
 """
 
