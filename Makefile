@@ -43,7 +43,7 @@ bench: $(VENV)/.installed-bench ## run benchmarks/ side by side with the peers (
 	@for name in $(or $(BENCH),$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py))); do \
 	echo "== benchmarks/$$name.py"; $(BIN)/python -m benchmarks.$$name || exit 1; done
 
-drill: $(VENV)/.installed-dev ## the long crash drills that `make test` leaves out, and every notebook alone
+drill: $(VENV)/.installed-dev ## the long crash drills that `make test` leaves out; every notebook alone, and in a kernel
 	@$(BIN)/python -m pytest -m drill
 
 prepare: $(VENV)/.installed-dev ## before a commit: clean, export, README, and a style report
