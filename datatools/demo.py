@@ -10,7 +10,7 @@ __all__ = ['SIZES', 'QUICK_SIZES', 'SAMPLE_RATE', 'SECONDS', 'WINDOW', 'BOARD_SI
            'train_listener', 'play_positions', 'position_streams', 'report_mixture', 'train_player', 'Stage',
            'result_of', 'Timings', 'run_stages', 'claim', 'run_demo', 'demo']
 
-# %% ../nbs/92_demo.ipynb #8cea759a
+# %% ../nbs/92_demo.ipynb #cc575791
 import io
 import json
 import multiprocessing
@@ -25,7 +25,8 @@ from typing import Annotated, Callable, NamedTuple, Optional
 import typer
 
 from .console import Group, Json, Seed, Workers, clear_errors, echo, existing, shared, show
-from .core import DatatoolsError, FormatError, Manifest, atomic_write, bad_value, clean_temporaries, config_hash, file_lock, hash_file, read_json, seed_for, write_json
+from .core import (DatatoolsError, FormatError, Manifest, atomic_write, bad_value, clean_temporaries, config_hash, file_lock, hash_file,
+                            read_json, seed_for, write_json)
 from .jobs import _deaf_children, call, die_with_parent
 
 # %% ../nbs/92_demo.ipynb #74e38466
@@ -136,7 +137,7 @@ def sample_rhythms(
     for number, (_, part) in enumerate(heard): write_drums(folder/f'rhythm-{number:02d}.mid', part)
     return dict(amount=len(heard), styles=[style or '' for style, _ in heard])
 
-# %% ../nbs/92_demo.ipynb #36e36890
+# %% ../nbs/92_demo.ipynb #9d4cd211
 def parameter_set(
     plugin: str,   # path, or 'builtin'
     folder: Path,  # for a set that is drafted
@@ -162,9 +163,10 @@ def render_sounds(
     from datatools.vst.generate import generate
     from datatools.vst.reader import ChunkedDatasetReader
     count = settings.sizes['sounds']
+    channels = 1 if settings.plugin == 'builtin' else 2  # the plugin that has one channel is rare
     config = make_config(dict(output_dir=str(folder), num_samples=count, samples_per_file=-(-count // 4), plugin_path=settings.plugin,
-        param_set=parameter_set(settings.plugin, folder), midi=str(rhythms), sample_rate=SAMPLE_RATE, duration_seconds=SECONDS, channels=1, clip='reject',
-        seed=settings.part('sounds'), num_workers=settings.workers))
+        param_set=parameter_set(settings.plugin, folder), midi=str(rhythms), sample_rate=SAMPLE_RATE, duration_seconds=SECONDS, channels=channels,
+        clip='reject', timeout_seconds=10, seed=settings.part('sounds'), num_workers=settings.workers))
     summary = generate(config, resume=True, show_progress=False)
     if not summary['complete']: raise DatatoolsError(incomplete(summary, summary['message']))
     with ChunkedDatasetReader(folder) as reader: info = reader.get_dataset_info()
@@ -345,7 +347,7 @@ def report_mixture(
     rows = [[each.label, f'{each.value:,.4g}', each.reference] for each in report.measures.values()]
     return dict(report.facts(), amount=report.rows, pool=POOL, table=rows)
 
-# %% ../nbs/92_demo.ipynb #9d0b8ba4
+# %% ../nbs/92_demo.ipynb #d25f1e58
 def train_player(
     settings: DemoSettings,
     folder: Path,     # where checkpoints, history.jsonl and network.pt go
@@ -366,7 +368,8 @@ def train_player(
     save_network(folder/'network.pt', best)
     empty = [1 - batch['board'][:, :2].sum((1, 2, 3)) / BOARD_SIZE**2 for batch in validation]
     chance = sum(float((1 / (share * BOARD_SIZE**2).clamp(min=1)).sum()) for share in empty) / sum(map(len, empty))
-    history = [{name: line[name] for name in ('step', 'train', 'validation')} for line in result.history if line['step'] % how.report_every == 0 or line is result.best]
+    shown = [line for line in result.history if line['step'] % how.report_every == 0 or line is result.best]
+    history = [{name: line[name] for name in ('step', 'train', 'validation')} for line in shown]
     return dict(amount=len(training) * BATCH * how.epochs, policy_accuracy=result.best['validation']['policy_accuracy'], chance=chance,
                 value_accuracy=result.best['validation']['value_accuracy'], wins=wins, wins_untrained=untrained, history=history)
 
@@ -533,10 +536,11 @@ def run_demo(
         manifest.update(complete=True)
     return dict(page=str((out/PAGE).absolute()), ran=ran, stages={name: dict(timings.get(name, {}), **result) for name, result in results.items()})
 
-# %% ../nbs/92_demo.ipynb #83060d9f
+# %% ../nbs/92_demo.ipynb #24884a23
 app = typer.Typer(name='demo', cls=Group, help='See all tools at work, and the results on one page.',
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-Midi = Annotated[Optional[Path], typer.Option('--midi', metavar='DIR', help=f'Folder with {LEAST_FILES} or more MIDI files to learn drums from. [default: loops that are made here]')]
+Midi = Annotated[Optional[Path], typer.Option('--midi', metavar='DIR',
+    help=f'Folder with {LEAST_FILES} or more MIDI files to learn drums from. [default: loops that are made here]')]
 Plugin = Annotated[str, typer.Option('--plugin', metavar='PATH', help='VST3 instrument that plays the grooves.')]
 Quick = Annotated[bool, typer.Option('--quick', help='Very small: shows that everything runs, not what it can do.')]
 
