@@ -1,7 +1,7 @@
 # Every target sets up what it needs: a Python between 3.10 and 3.13 and make are enough to begin with.
 # The environment lives in .venv; stamp files in it remember what is installed, so a second run installs nothing.
 #   PYTHON=/path/to/python   the interpreter that makes .venv (found by itself otherwise)
-#   DATA=folder              the MIDI files `make demo` trains on
+#   DATA=folder OUT=folder   the MIDI files `make demo` learns drums from (loops that it makes otherwise), and where it works (demo)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -16,8 +16,8 @@ export PYTHONUNBUFFERED := 1
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
-demo: $(VENV)/.installed ## install, train on MIDI drums in 4 shards, merge, evaluate and sample; results in demo/
-	@$(BIN)/python scripts/demo.py $(if $(DATA),--data "$(DATA)")
+demo: $(VENV)/.installed ## install, and see all tools at work: one page with sounds, pictures and figures in demo/
+	@$(BIN)/datatools demo --out "$(or $(OUT),demo)" $(if $(DATA),--midi "$(DATA)")
 
 test: $(VENV)/.installed-dev ## install and run every check: clean notebooks, export in step, notebooks, pytest
 	@sh scripts/install_for_tests.sh
@@ -43,7 +43,7 @@ bench: $(VENV)/.installed-bench ## run benchmarks/ side by side with the peers (
 	@for name in $(or $(BENCH),$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py))); do \
 	echo "== benchmarks/$$name.py"; $(BIN)/python -m benchmarks.$$name || exit 1; done
 
-drill: $(VENV)/.installed-dev ## the long crash drills that `make test` leaves out, and every notebook alone
+drill: $(VENV)/.installed-dev ## the long crash drills that `make test` leaves out; every notebook alone, and in a kernel
 	@$(BIN)/python -m pytest -m drill
 
 prepare: $(VENV)/.installed-dev ## before a commit: clean, export, README, and a style report

@@ -132,7 +132,7 @@ def round_of(kind): return timed(_batches(kind))
 
 def stream(place, quick):
     "Rows per second, beside the peers"
-    shard, rounds = (25_000, 2) if quick else (400_000, 3)
+    shard, rounds = (25_000, 2) if quick else (200_000, 3)
     directories = write_directories(place / 'ours', (3, 2), shard)
     total, pools, found = 5 * shard, {}, {kind: {} for kind in KINDS}
     for name in ('datatools', *PEERS):

@@ -10,7 +10,7 @@ __all__ = ['SIZES', 'QUICK_SIZES', 'SAMPLE_RATE', 'SECONDS', 'WINDOW', 'BOARD_SI
            'train_listener', 'play_positions', 'position_streams', 'report_mixture', 'train_player', 'Stage',
            'result_of', 'Timings', 'run_stages', 'claim', 'run_demo', 'demo']
 
-# %% ../nbs/92_demo.ipynb #8cea759a
+# %% ../nbs/92_demo.ipynb #cc575791
 import io
 import json
 import multiprocessing
@@ -25,11 +25,12 @@ from typing import Annotated, Callable, NamedTuple, Optional
 import typer
 
 from .console import Group, Json, Seed, Workers, clear_errors, echo, existing, shared, show
-from .core import DatatoolsError, FormatError, Manifest, atomic_write, bad_value, clean_temporaries, config_hash, file_lock, hash_file, read_json, seed_for, write_json
+from .core import (DatatoolsError, FormatError, Manifest, atomic_write, bad_value, clean_temporaries, config_hash, file_lock, hash_file,
+                            read_json, seed_for, write_json)
 from .jobs import _deaf_children, call, die_with_parent
 
-# %% ../nbs/92_demo.ipynb #806621e4
-SIZES = dict(loops=240, rhythms=12, sounds=360, listener_epochs=8, games=1000, player_epochs=3)
+# %% ../nbs/92_demo.ipynb #74e38466
+SIZES = dict(loops=200, rhythms=12, sounds=320, listener_epochs=8, games=1000, player_epochs=2)
 QUICK_SIZES = dict(loops=30, rhythms=3, sounds=24, listener_epochs=2, games=60, player_epochs=1)
 SAMPLE_RATE, SECONDS, WINDOW, BOARD_SIZE, BATCH, POOL = 22_050, 2.5, 1024, 7, 512, 16_384
 
@@ -136,7 +137,7 @@ def sample_rhythms(
     for number, (_, part) in enumerate(heard): write_drums(folder/f'rhythm-{number:02d}.mid', part)
     return dict(amount=len(heard), styles=[style or '' for style, _ in heard])
 
-# %% ../nbs/92_demo.ipynb #cbc024ca
+# %% ../nbs/92_demo.ipynb #9d4cd211
 def parameter_set(
     plugin: str,   # path, or 'builtin'
     folder: Path,  # for a set that is drafted
@@ -162,12 +163,14 @@ def render_sounds(
     from datatools.vst.generate import generate
     from datatools.vst.reader import ChunkedDatasetReader
     count = settings.sizes['sounds']
+    channels = 1 if settings.plugin == 'builtin' else 2  # the plugin that has one channel is rare
     config = make_config(dict(output_dir=str(folder), num_samples=count, samples_per_file=-(-count // 4), plugin_path=settings.plugin,
-        param_set=parameter_set(settings.plugin, folder), midi=str(rhythms), sample_rate=SAMPLE_RATE, duration_seconds=SECONDS, channels=1, clip='reject',
-        seed=settings.part('sounds'), num_workers=settings.workers))
+        param_set=parameter_set(settings.plugin, folder), midi=str(rhythms), sample_rate=SAMPLE_RATE, duration_seconds=SECONDS, channels=channels,
+        clip='reject', timeout_seconds=10, seed=settings.part('sounds'), num_workers=settings.workers))
     summary = generate(config, resume=True, show_progress=False)
     if not summary['complete']: raise DatatoolsError(incomplete(summary, summary['message']))
-    with ChunkedDatasetReader(folder) as reader: return dict(amount=len(reader), chunks=len(reader.chunks), instrument=reader.get_dataset_info()['plugin'])
+    with ChunkedDatasetReader(folder) as reader: info = reader.get_dataset_info()
+    return dict(amount=info['total_samples'], chunks=info['num_chunks'], instrument='The built-in synthesizer' if settings.plugin == 'builtin' else info['plugin'])
 
 # %% ../nbs/92_demo.ipynb #465b8cbf
 def write_audio(
@@ -271,7 +274,7 @@ def learn_epoch(
         total, items = total + loss.item() * len(rhythms), items + len(rhythms)
     return total / items
 
-# %% ../nbs/92_demo.ipynb #a2ea0c27
+# %% ../nbs/92_demo.ipynb #b3d9a3a6
 def train_listener(
     settings: DemoSettings,
     folder: Path,   # where checkpoint.pt and listener.pt go
@@ -284,18 +287,19 @@ def train_listener(
     from datatools.stft.dataset import PrecomputedSTFTDataset
     from datatools.stft.loader import make_loader
     from datatools.stft.transform import one_thread
-    count, history = len([*rhythms.glob('*.mid')]), []
+    count, epochs, history = len([*rhythms.glob('*.mid')]), settings.sizes['listener_epochs'], []
     net = make_listener(count, settings.part('listener'))
-    optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=.05)
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=.05)
     with one_thread(), PrecomputedSTFTDataset(spectra/'train.lmdb') as train, PrecomputedSTFTDataset(spectra/'val.lmdb') as validation:
-        loader, known, asked = (make_loader(store, 16, shuffle=store is train and shuffle, seed=settings.part('listener', 'order'), metadata=True)
+        loader, known, asked = (make_loader(store, 8, shuffle=store is train and shuffle, seed=settings.part('listener', 'order'), metadata=True)
                                 for store, shuffle in ((train, True), (train, False), (validation, False)))
         if (folder/'checkpoint.pt').exists():
             state = load_checkpoint(folder/'checkpoint.pt')
             net.load_state_dict(state['model']), optimizer.load_state_dict(state['optimizer'])
             history = json.loads(state['history'])
-        for epoch in range(len(history), settings.sizes['listener_epochs']):
+        for epoch in range(len(history), epochs):
             loader.set_epoch(epoch)
+            for group in optimizer.param_groups: group['lr'] = 4e-3 * (1 - epoch / epochs)
             loss, (right, said) = learn_epoch(net, optimizer, loader), hear(net, asked)
             history.append(dict(loss=loss, accuracy=float((right == said).double().mean())))
             save_checkpoint(folder/'checkpoint.pt', dict(network={}, model=net.state_dict(), optimizer=optimizer.state_dict(), history=json.dumps(history)))
@@ -343,7 +347,7 @@ def report_mixture(
     rows = [[each.label, f'{each.value:,.4g}', each.reference] for each in report.measures.values()]
     return dict(report.facts(), amount=report.rows, pool=POOL, table=rows)
 
-# %% ../nbs/92_demo.ipynb #9a03fe96
+# %% ../nbs/92_demo.ipynb #d25f1e58
 def train_player(
     settings: DemoSettings,
     folder: Path,     # where checkpoints, history.jsonl and network.pt go
@@ -354,8 +358,8 @@ def train_player(
     from datatools.pool.training import TrainingSettings, train
     from datatools.stft.transform import one_thread
     training, validation = position_streams(settings, positions)
-    net = make_network('16x3', BOARD_SIZE, settings.part('player'))
-    how = TrainingSettings(epochs=settings.sizes['player_epochs'], learning_rate=4e-3, warmup_steps=20, report_every=max(1, len(training) // 4), checkpoint_every=25)
+    net = make_network('16x2', BOARD_SIZE, settings.part('player'))
+    how = TrainingSettings(epochs=settings.sizes['player_epochs'], learning_rate=4e-3, warmup_steps=20, report_every=max(4, len(training) // 4), checkpoint_every=25)
     with one_thread():
         untrained = wins_against_random(net, 100, settings.part('games'))
         result = train(net, training, validation, how, folder, resume=True, show=False)
@@ -364,7 +368,8 @@ def train_player(
     save_network(folder/'network.pt', best)
     empty = [1 - batch['board'][:, :2].sum((1, 2, 3)) / BOARD_SIZE**2 for batch in validation]
     chance = sum(float((1 / (share * BOARD_SIZE**2).clamp(min=1)).sum()) for share in empty) / sum(map(len, empty))
-    history = [{name: line[name] for name in ('step', 'train', 'validation')} for line in result.history]
+    shown = [line for line in result.history if line['step'] % how.report_every == 0 or line is result.best]
+    history = [{name: line[name] for name in ('step', 'train', 'validation')} for line in shown]
     return dict(amount=len(training) * BATCH * how.epochs, policy_accuracy=result.best['validation']['policy_accuracy'], chance=chance,
                 value_accuracy=result.best['validation']['value_accuracy'], wins=wins, wins_untrained=untrained, history=history)
 
@@ -434,7 +439,7 @@ class _Running:
         self.process.join()
         self.results.close()
 
-# %% ../nbs/92_demo.ipynb #d0d62681
+# %% ../nbs/92_demo.ipynb #961d1cc2
 class Timings:
     "How often each stage was begun, and how long its last run took"
     def __init__(self,
@@ -457,8 +462,8 @@ class Timings:
         "A stage in one line"
         found = self.stages.get(stage.name, {})
         seconds = found.get('seconds')
-        pace = f'{amount / seconds:10,.0f} {stage.unit} a second' if seconds and found['runs'] == 1 else '           resumed'
-        return f'{stage.name:10}{seconds or 0:7.1f} s{amount:10,} {stage.unit:10}{pace}'
+        if not seconds or found['runs'] > 1: return f'{stage.name:10}{amount:10,} {stage.unit:10}   resumed'
+        return f'{stage.name:10}{amount:10,} {stage.unit:10}{seconds:6.1f} s{amount / seconds:12,.{0 if amount > 10 * seconds else 2}f} a second'
 
 # %% ../nbs/92_demo.ipynb #9621a1fd
 def run_stages(
@@ -531,10 +536,11 @@ def run_demo(
         manifest.update(complete=True)
     return dict(page=str((out/PAGE).absolute()), ran=ran, stages={name: dict(timings.get(name, {}), **result) for name, result in results.items()})
 
-# %% ../nbs/92_demo.ipynb #bea4d7fa
-app = typer.Typer(name='demo', cls=Group, help='See all tools at work on data that is made here: one page with sounds, pictures and figures.',
+# %% ../nbs/92_demo.ipynb #24884a23
+app = typer.Typer(name='demo', cls=Group, help='See all tools at work, and the results on one page.',
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-Midi = Annotated[Optional[Path], typer.Option('--midi', metavar='DIR', help=f'Folder with {LEAST_FILES} or more MIDI files to learn drums from. [default: loops that are made here]')]
+Midi = Annotated[Optional[Path], typer.Option('--midi', metavar='DIR',
+    help=f'Folder with {LEAST_FILES} or more MIDI files to learn drums from. [default: loops that are made here]')]
 Plugin = Annotated[str, typer.Option('--plugin', metavar='PATH', help='VST3 instrument that plays the grooves.')]
 Quick = Annotated[bool, typer.Option('--quick', help='Very small: shows that everything runs, not what it can do.')]
 

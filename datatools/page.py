@@ -21,7 +21,7 @@ import numpy as np
 
 from .core import atomic_write, human_bytes
 
-# %% ../nbs/93_page.ipynb #6866b4a8
+# %% ../nbs/93_page.ipynb #cbc667fa
 STYLE = {'svg.fonttype': 'none', 'svg.hashsalt': 'datatools', 'font.family': 'sans-serif', 'font.size': 10, 'axes.spines.top': False, 'axes.spines.right': False,
          'axes.edgecolor': '#888888', 'xtick.color': '#888888', 'ytick.color': '#888888', 'xtick.labelcolor': 'black', 'ytick.labelcolor': 'black',
          'legend.frameon': False, 'axes.titlesize': 10, 'axes.titlelocation': 'left', 'axes.facecolor': 'none', 'figure.facecolor': 'none', 'image.cmap': 'magma'}
@@ -39,8 +39,8 @@ def figure_svg(
         figure.savefig(file, format='svg', transparent=True, bbox_inches='tight', metadata=dict.fromkeys(('Date', 'Creator', 'Format', 'Type')))
         plt.close(figure)
     text = file.getvalue().decode()
-    text = re.sub(r'(width|height)="[\d.]+pt" ?', '', text[text.index('<svg'):], count=2)
-    return re.sub(r'#000000|(?<=fill: |roke: )black', 'currentColor', text)
+    text = text[text.index('<svg'):].replace('#000000', 'currentColor')
+    return re.sub(r'width="([\d.]+)pt" height="[\d.]+pt"', lambda size: f'width="{float(size[1]) * 4 / 3:.0f}" fill="currentColor"', text, count=1)
 
 # %% ../nbs/93_page.ipynb #a38dc679
 def data_uri(
@@ -76,15 +76,15 @@ def picture(
     plt.imsave(file, np.asarray(values)[::-1], vmin=low, vmax=high, cmap='magma', format='png')
     return f'<img alt="{escape(label)}" src="{data_uri(file.getvalue(), "image/png")}">'
 
-# %% ../nbs/93_page.ipynb #d6ca54e0
+# %% ../nbs/93_page.ipynb #200444af
 def table(
     head,  # names of the columns
-    rows,  # lists of text; a number is text that begins with a digit, and is set to the right
+    rows,  # lists of text; a column in which the first row has a number is set to the right
 ) -> str:  # HTML
     "A table"
-    def cell(text, tag='td'): return f'<{tag}{" class=number" if re.match(r"[-≤]?[0-9]", str(text)) and tag == "td" else ""}>{escape(str(text))}</{tag}>'
-    body = ''.join('<tr>' + ''.join(map(cell, row)) + '</tr>' for row in rows)
-    return f'<div class=wide><table><thead><tr>{"".join(cell(name, "th") for name in head)}</tr></thead><tbody>{body}</tbody></table></div>'
+    kinds = [' class=number' if re.match(r'[-≤]?[0-9]', str(text)) else '' for text in rows[0]]
+    def row(cells, tag): return '<tr>' + ''.join(f'<{tag}{kind}>{escape(str(text))}</{tag}>' for text, kind in zip(cells, kinds)) + '</tr>'
+    return f'<div class=wide><table><thead>{row(head, "th")}</thead><tbody>{"".join(row(cells, "td") for cells in rows)}</tbody></table></div>'
 
 
 def figure(
@@ -104,12 +104,12 @@ def section(
     "A part of the page"
     return f'<section><h2>{escape(title)}</h2><p>{escape(text)}</p>{"".join(parts)}</section>'
 
-# %% ../nbs/93_page.ipynb #5d2ee65c
+# %% ../nbs/93_page.ipynb #ae95c93d
 def _surprise(groove: dict):
     "Bits per onset of the model and of simpler ones"
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(7, 1.5))
-    bars = {'any of 153 events': np.log2(153), 'how often each occurs': groove['bits_without_context'], 'this model': groove['bits_per_onset']}
+    bars = {'all 153 events alike': np.log2(153), 'how often each occurs': groove['bits_without_context'], 'this model': groove['bits_per_onset']}
     axis.barh([*bars], [*bars.values()], color=[GREY, GREY, BLUE], height=.6)
     for row, bits in enumerate(bars.values()): axis.text(bits + .08, row, f'{bits:.2f}', va='center')
     axis.invert_yaxis()
@@ -122,9 +122,13 @@ def _roll(part):
     "A groove as a piano roll"
     import matplotlib.pyplot as plt
     from datatools.groove.events import GrooveConfig, plot_events, tokenise
-    figure, axis = plt.subplots(figsize=(7, 2))
-    plot_events(tokenise(part, GrooveConfig()), GrooveConfig(), ax=axis)
-    axis.set(xlabel='')
+    figure, axis = plt.subplots(figsize=(4, 1.7))
+    plot_events(tokenise(part, GrooveConfig()), GrooveConfig(), 2, ax=axis)
+    for strokes in axis.collections: strokes.set_sizes([70])
+    axis.set(xlabel='', xticks=range(0, 32, 4), xticklabels='12341234')
+    for line in axis.lines: line.set(color=GREY, alpha=.5 if line.get_xdata()[0] % 16 == 0 else .2)
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
     return figure
 
 
@@ -140,12 +144,24 @@ def groove_section(
         part = read_drums((out/f'rhythms/rhythm-{number:02d}.mid').read_bytes())
         name = f'rhythm {number}' + (f', {styles[number]}' if styles[number] else '') + f', {part.tempo:.0f} beats a minute'
         cards.append(figure(figure_svg(_roll, part) + sound_player(render_drums(part), 16_000, name), name, 'card'))
-    text = (f'A model of what a drummer does next was counted on {results["drums"]["train"]:,} files in four shards, {groove["onsets"]:,} onsets in all, and the shards were merged. '
-            f'On {results["drums"]["held_out"]:,} files that it has not seen it needs {groove["bits_per_onset"]:.2f} bits to foresee an onset. '
-            f'Then it played {results["rhythms"]["amount"]} grooves of four bars, with accents and timing of its own; here on a small drum kit.')
-    return section('A model that drums', text, figure(figure_svg(_surprise, groove), 'Bits the model needs for an onset, beside models that know less'), f'<div class=cards>{"".join(cards)}</div>')
+    text = (f'A model of what a drummer does next was counted on {results["drums"]["train"]:,} files in four shards, '
+            f'{groove["onsets"]:,} onsets in all, and the shards were merged. On {results["drums"]["held_out"]:,} files that it has not seen '
+            f'it needs {groove["bits_per_onset"]:.2f} bits to foresee an onset. Then it played {results["rhythms"]["amount"]} grooves of four bars, '
+            'with accents and timing of its own; here on a small drum kit.')
+    chart = figure(figure_svg(_surprise, groove), 'Bits the model needs for an onset, beside models that know less')
+    return section('A model that drums', text, chart, f'<div class=cards>{"".join(cards)}</div>')
 
-# %% ../nbs/93_page.ipynb #1f36cb6d
+# %% ../nbs/93_page.ipynb #d562682b
+def _setting(
+    parameters: dict,  # raw values by name
+) -> str:
+    "What a setting of the built-in synth sounds like; nothing of another instrument"
+    from datatools.vst.synth import CONTROLS
+    if not parameters.keys() <= CONTROLS.keys(): return ''
+    wave, kind, corner = (CONTROLS[name].text(parameters[name]) for name in ('oscillator_1_waveform', 'filter_type', 'filter_cutoff'))
+    return f': {wave}, ' + ('no filter' if kind == 'off' else f'{kind} at {corner}')
+
+
 def sounds_section(
     out: Path,      # folder of the demo
     results: dict,  # of the stages, by name
@@ -154,20 +170,24 @@ def sounds_section(
     from datatools.vst.reader import ChunkedDatasetReader
     cards, styles = [], results['rhythms']['styles']
     with ChunkedDatasetReader(out/'sounds') as reader:
-        for sample in reader.get_random_samples(min(6, len(reader)), 0, ('audio', 'mel_spec', 'phrase', 'loudness')):
+        for sample in reader.get_random_samples(min(6, len(reader)), 0, ('audio', 'mel_spec', 'phrase', 'parameters')):
             rhythm = int(sample['phrase'])
-            name = f'sound {sample["global_id"]}: rhythm {rhythm}' + (f', {styles[rhythm]}' if styles[rhythm] else '')
+            name = f'rhythm {rhythm}' + (f', {styles[rhythm]}' if styles[rhythm] else '') + _setting(sample['parameters'])
             loud = sample['mel_spec'][0]
-            cards.append(figure(picture(loud, f'mel spectrogram of {name}', loud.max() - 70, loud.max()) + sound_player(sample['audio'][0].astype(np.float32), sample['sample_rate'], name), name, 'card'))
-    sounds = results['sounds']
-    text = (f'{sounds["instrument"]} played these grooves in {sounds["amount"]:,} random settings, {sounds["chunks"]} HDF5 files of sounds with their parameters; what was silent or too loud was drawn again. '
-            f'Written out as audio, {results["spectra"]["audio_seconds"]:,.0f} seconds became a store of short-time Fourier transforms, {results["spectra"]["train"]:,} items to train on and {results["spectra"]["validation"]:,} to try it on.')
+            shown = picture(loud, f'mel spectrogram of {name}', loud.max() - 70, loud.max())
+            cards.append(figure(shown + sound_player(sample['audio'].mean(0, dtype=np.float32), sample['sample_rate'], name), name, 'card'))
+    sounds, spectra = results['sounds'], results['spectra']
+    text = (f'{sounds["instrument"]} played these grooves in {sounds["amount"]:,} random settings, {sounds["chunks"]} HDF5 files of sounds '
+            'with their parameters; what was silent or too loud was drawn again. '
+            f'Written out as audio, {spectra["audio_seconds"]:,.0f} seconds became a store of short-time Fourier transforms, '
+            f'{spectra["train"]:,} items to train on and {spectra["validation"]:,} to try it on.')
     return section('The same grooves in a synthesizer', text, f'<div class=cards>{"".join(cards)}</div>')
 
-# %% ../nbs/93_page.ipynb #5292aa70
+# %% ../nbs/93_page.ipynb #2ff7b51e
 def _listening(listener: dict):
     "Accuracy over the epochs, and what was taken for what"
     import matplotlib.pyplot as plt
+    from matplotlib.colors import to_rgb
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), width_ratios=(1.4, 1), layout='constrained')
     history = [line['accuracy'] for line in listener['history']]
     left.plot(range(1, len(history) + 1), history, 'o-', color=BLUE, label='net')
@@ -176,9 +196,10 @@ def _listening(listener: dict):
         left.text(len(history), value + .02, name, ha='right', color=GREY)
     left.set(ylim=(0, 1.05), xlabel='epoch', ylabel='share of right answers', xticks=range(1, len(history) + 1))
     shares = np.array(listener['confusion'], float)
-    right.imshow(shares / shares.sum(1, keepdims=True).clip(1), vmin=0, vmax=1, cmap='Blues')
+    shares /= shares.sum(1, keepdims=True).clip(1)
+    right.imshow(np.dstack([np.full((*shares.shape, 3), to_rgb(BLUE)), shares]))  # the less, the more transparent
     right.set(xlabel='the net says', ylabel='rhythm that is played', xticks=range(len(shares)), yticks=range(len(shares)))
-    right.spines[:].set_visible(False)
+    right.spines[:].set(visible=True, alpha=.4)
     return figure
 
 
@@ -188,12 +209,14 @@ def listener_section(
 ) -> str:
     "The net that hears which groove is played"
     listener = results['listener']
-    text = (f'A small convolutional net read batches from the store and learnt which of the {len(listener["confusion"])} grooves is played, whatever the synth makes of it. '
-            f'Of {results["spectra"]["validation"]:,} sounds in settings that it has not heard it recognises {listener["accuracy"]:.0%}; '
-            f'the nearest of the training sounds would be right in {listener["nearest_neighbour"]:.0%}, the most frequent answer in {listener["chance"]:.0%}.')
-    return section('A net that hears which groove it is', text, figure(figure_svg(_listening, listener), 'Sounds that were held out: right answers after each epoch, and what was taken for what at the end'))
+    text = (f'A small convolutional net read batches from the store and learnt which of the {len(listener["confusion"])} grooves is played, '
+            f'whatever the synth makes of it. Of {results["spectra"]["validation"]:,} sounds in settings that it has not heard it recognises '
+            f'{listener["accuracy"]:.0%}; the nearest of the training sounds would be right in {listener["nearest_neighbour"]:.0%}, '
+            f'the most frequent answer in {listener["chance"]:.0%}.')
+    caption = 'Sounds that were held out: right answers after each epoch, and what was taken for what at the end'
+    return section('A net that hears which groove it is', text, figure(figure_svg(_listening, listener), caption))
 
-# %% ../nbs/93_page.ipynb #b6ba99d3
+# %% ../nbs/93_page.ipynb #ab714fa7
 def mixture_section(
     out: Path,      # folder of the demo
     results: dict,  # of the stages, by name
@@ -201,10 +224,13 @@ def mixture_section(
     "The stream of positions"
     mixture, positions = results['mixture'], results['positions']
     names = ', '.join(f'{count:,} of {name} players' for name, count in positions['directories'].items())
-    text = (f'{positions["amount"]:,} positions of Hex lie game after game in three directories: {names}. A pool of {mixture["pool"]:,} positions turns them into a stream '
-            f'in which every batch holds something of nearly every one of the {mixture["shards"]} shards for training. In the picture each shard has its colour, and a mixed stream is noise.')
-    return section('Positions, mixed as they are read', text, figure((out/'mixture/mixture.svg').read_text(encoding='utf-8'), 'The stream of an epoch in the colours of its shards, and how far windows of it are from a full shuffle'),
-                   f'<details><summary>The figures of the report</summary>{table(["measure", "this stream", "full shuffle"], mixture["table"])}</details>')
+    text = (f'{positions["amount"]:,} positions of Hex lie game after game in three directories: {names}. '
+            f'A pool of {mixture["pool"]:,} positions turns them into a stream in which a batch of {mixture["batch"]} holds as much of each as chance would have it. '
+            f'In the picture each of the {mixture["shards"]} shards for training has its colour, and a mixed stream is noise.')
+    caption = 'The stream of an epoch in the colours of its shards, and how far windows of it are from a full shuffle'
+    report = table(['measure', 'this stream', 'full shuffle'], mixture['table'])
+    return section('Positions, mixed as they are read', text, figure((out/'mixture/mixture.svg').read_text(encoding='utf-8'), caption),
+                   f'<details><summary>The figures of the report</summary>{report}</details>')
 
 
 def _playing(player: dict):
@@ -212,8 +238,8 @@ def _playing(player: dict):
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(5, 2.6))
     steps = [line['step'] for line in player['history']]
-    for name, colour in (('policy_accuracy', BLUE), ('value_accuracy', ORANGE)):
-        axis.plot(steps, [line['validation'][name] for line in player['history']], 'o-', markersize=4, color=colour, label=dict(policy_accuracy='move', value_accuracy='winner')[name])
+    for name, label, colour in (('policy_accuracy', 'move', BLUE), ('value_accuracy', 'winner', ORANGE)):
+        axis.plot(steps, [line['validation'][name] for line in player['history']], 'o-', markersize=4, color=colour, label=label)
     axis.axhline(player['chance'], color=GREY, linestyle=':')
     axis.text(steps[-1], player['chance'] + .02, 'a move at random', ha='right', color=GREY)
     axis.set(ylim=(0, 1), xlabel='step', ylabel='share foreseen')
@@ -237,20 +263,22 @@ def player_section(
     "The net that plays"
     from datatools.pool.network import load_network
     player = results['player']
-    text = (f'A residual net learnt from that stream which move is played and who wins. Of positions from games that it has not seen it foresees {player["policy_accuracy"]:.0%} of the moves '
-            f'(a guess: {player["chance"]:.1%}; a third of the directories holds moves at random, which nobody foresees) and {player["value_accuracy"]:.0%} of the winners. '
-            f'Against an opponent who plays at random it wins {player["wins"]:.0%} of 100 games; before the training it won {player["wins_untrained"]:.0%}.')
-    return section('A net that plays Hex', text, '<div class=pair>' + figure(figure_svg(_playing, player), 'Games that were held out, during the training')
-                   + figure(_game(load_network(out/'player/network.pt')), 'A game of the net against itself: blue connects top and bottom, red left and right') + '</div>')
+    text = (f'A residual net learnt from that stream which move is played and who wins. Of positions from games that it has not seen it foresees '
+            f'{player["policy_accuracy"]:.0%} of the moves (a guess: {player["chance"]:.1%}; one of the directories holds moves at random, which nobody foresees) '
+            f'and {player["value_accuracy"]:.0%} of the winners. Against an opponent who plays at random it wins {player["wins"]:.0%} of 100 games; '
+            f'before the training it won {player["wins_untrained"]:.0%}.')
+    curves = figure(figure_svg(_playing, player), 'Games that were held out, during the training')
+    game = figure(_game(load_network(out/'player/network.pt')), 'A game of the net against itself: blue connects top and bottom, red left and right')
+    return section('A net that plays Hex', text, f'<div class=pair>{curves}{game}</div>')
 
-# %% ../nbs/93_page.ipynb #8c997c35
+# %% ../nbs/93_page.ipynb #a967138e
 def _folder_bytes(folder): return sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())
 
 
 DONE = dict(drums='make the corpus', groove='count the model in four shards, merge, evaluate', rhythms='sample grooves', sounds='render them with random settings',
             spectra='write audio, transform it into LMDB', listener='train a net on the spectra', positions='play games of Hex', mixture='mix, and measure how well',
             player='train a net on the stream')
-READ = dict(groove='groove info groove/model.groove', sounds='vst info sounds', spectra='stft info spectra/train.lmdb', positions='pool inspect positions')
+READ = dict(groove='groove info groove/model.groove', sounds='vst info sounds', spectra='stft info spectra/train.lmdb', positions='pool info positions')
 
 
 def throughput_section(
@@ -263,34 +291,47 @@ def throughput_section(
     for name, result in results.items():
         found = timings.get(name, {})
         seconds = found.get('seconds') if found.get('runs') == 1 else None
-        rows.append([name, DONE[name], f'{result["amount"]:,}', result['unit'], f'{seconds:.1f}' if seconds else 'resumed', f'{result["amount"] / seconds:,.0f}' if seconds else '',
-                     human_bytes(_folder_bytes(out/name))])
+        pace = f'{result["amount"] / seconds:,.{0 if result["amount"] > 10 * seconds else 2}f}' if seconds else ''
+        rows.append([name, DONE[name], f'{result["amount"]:,}', result['unit'], f'{seconds:.1f}' if seconds else 'resumed', pace, human_bytes(_folder_bytes(out/name))])
     commands = '\n'.join(f'datatools {command}' for command in READ.values())
-    text = (f'Measured on {os.cpu_count()} cores with Python {platform.python_version()}, two stages at a time. The seconds include starting a process, '
-            'and in a first run the compilation of the machine code that later runs find on the disk.')
+    text = (f'Measured on {os.cpu_count()} cores with Python {platform.python_version()}, with stages that do not wait for each other side by side. '
+            'The seconds include starting a process, and in a first run the compilation of the machine code that later runs find on the disk.')
     return section('What took how long', text, table(['stage', 'what was done', 'amount', 'of', 'seconds', 'per second', 'on disk'], rows),
                    f'<p>Everything is in the folder of this page. To look closer, from there:</p><pre>{escape(commands)}</pre>')
 
-# %% ../nbs/93_page.ipynb #4271d1a1
+# %% ../nbs/93_page.ipynb #89d9a08f
 CSS = """
-:root { color-scheme: light dark; --ink: light-dark(#1f2430, #e6e8ee); --soft: light-dark(#5a6372, #a3abba); --ground: light-dark(#fbfaf7, #14171d);
-  --card: light-dark(#ffffff, #1c2029); --line: light-dark(#e3e0d8, #2d333f); --accent: light-dark(#2f6fae, #7db4ea); }
+:root { color-scheme: light dark; --ink: #1f2430; --soft: #5a6372; --ground: #fbfaf7; --card: #ffffff; --line: #e3e0d8; --accent: #2f6fae }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e8ee; --soft: #a3abba; --ground: #14171d; --card: #1c2029; --line: #2d333f; --accent: #7db4ea } }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 62rem; padding: 2.5rem 1.25rem 4rem; background: var(--ground); color: var(--ink); font: 1.02rem/1.6 system-ui, sans-serif }
-h1 { font-size: 2.3rem; line-height: 1.15; letter-spacing: -.02em; margin: 0 0 .6rem } h2 { font-size: 1.4rem; margin: 0 0 .4rem; letter-spacing: -.01em }
-p { max-width: 46rem; margin: .3rem 0 1rem } .lead { font-size: 1.15rem; color: var(--soft) }
+h1 { font-size: 2.3rem; line-height: 1.15; letter-spacing: -.02em; margin: 0 0 .6rem }
+h2 { font-size: 1.4rem; margin: 0 0 .4rem; letter-spacing: -.01em }
+p { max-width: 46rem; margin: .3rem 0 1rem }
+.lead { font-size: 1.15rem; color: var(--soft) }
 section { border-top: 1px solid var(--line); padding-top: 1.6rem; margin-top: 2.4rem }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: 1rem; margin: 1.8rem 0 0 }
-.fact { background: var(--card); border: 1px solid var(--line); border-radius: .7rem; padding: .9rem 1.1rem } .fact b { display: block; font-size: 1.9rem; line-height: 1.2; color: var(--accent); font-variant-numeric: tabular-nums }
+.fact { background: var(--card); border: 1px solid var(--line); border-radius: .7rem; padding: .9rem 1.1rem }
+.fact b { display: block; font-size: 1.9rem; line-height: 1.2; color: var(--accent); font-variant-numeric: tabular-nums }
 .fact span { color: var(--soft); font-size: .92rem; line-height: 1.35; display: block }
-figure { margin: 1rem 0 } figcaption { color: var(--soft); font-size: .88rem; margin-top: .35rem }
-figure svg { max-width: 100%; height: auto; display: block } figure svg text { fill: currentColor }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem } .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1.5rem; align-items: end }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: .7rem; padding: .9rem; margin: 0 } .card svg { width: 100% }
-.card img { width: 100%; height: 8rem; border-radius: .35rem; display: block; image-rendering: auto } audio { width: 100%; height: 2.4rem; margin-top: .6rem; display: block }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .92rem; width: 100% } th, td { text-align: left; padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
-th { color: var(--soft); font-weight: 600 } .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-pre { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .8rem 1rem; overflow-x: auto } summary { cursor: pointer; color: var(--accent) } footer { color: var(--soft); font-size: .88rem; margin-top: 3rem }
+figure { margin: 1rem 0 }
+figcaption { color: var(--soft); font-size: .88rem; margin-top: .35rem }
+figure svg { max-width: 100%; height: auto; display: block }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1.5rem; align-items: end }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: .7rem; padding: .9rem; margin: 0 }
+.card svg { width: 100% }
+.card img { width: 100%; height: 8rem; border-radius: .35rem; display: block; image-rendering: auto }
+audio { width: 100%; height: 2.4rem; margin-top: .6rem; display: block }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .92rem; width: 100% }
+th, td { text-align: left; padding: .4rem 1rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
+th { color: var(--soft); font-weight: 600 }
+th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .8rem 1rem; overflow-x: auto }
+summary { cursor: pointer; color: var(--accent) }
+footer { color: var(--soft); font-size: .88rem; margin-top: 3rem }
 """
 
 
@@ -302,14 +343,16 @@ def head_of(
     groove, listener, player, mixture = (results[name] for name in ('groove', 'listener', 'player', 'mixture'))
     facts = [(f'{groove["bits_per_onset"]:.2f} bits', f'for an onset of drums it has not heard; {groove["bits_without_context"]:.2f} without context'),
              (f'{listener["accuracy"]:.0%}', f'of unheard sounds recognised by their groove; chance {listener["chance"]:.0%}'),
-             (f'{mixture["amount"]:,}', f'positions mixed in a pool of {mixture["pool"]:,}'), (f'{player["wins"]:.0%}', f'of games won against chance; {player["wins_untrained"]:.0%} before training')]
+             (f'{mixture["amount"]:,}', f'positions mixed in a pool of {mixture["pool"]:,}'),
+             (f'{player["wins"]:.0%}', f'of games won against chance; {player["wins_untrained"]:.0%} before training')]
     cards = ''.join(f'<div class=fact><b>{escape(number)}</b><span>{escape(what)}</span></div>' for number, what in facts)
     source = 'loops made on the spot' if settings.midi is None else 'your MIDI files'
     quick = ' <strong>These are the very small sizes of --quick: too little to learn much from.</strong>' if settings.quick else ''
-    return (f'<h1>datatools, end to end</h1><p class=lead>From {source} to a model that drums, to sounds, spectra and a net that listens; and from games of Hex to a mixed stream and a net that plays.{quick}</p>'
+    return (f'<h1>datatools, end to end</h1><p class=lead>From {source} to a model that drums, to sounds, spectra and a net that listens; '
+            f'and from games of Hex to a mixed stream and a net that plays.{quick}</p>'
             f'<div class=facts>{cards}</div>')
 
-# %% ../nbs/93_page.ipynb #d6ea7b00
+# %% ../nbs/93_page.ipynb #d820a1ee
 def write_page(
     path: Path,     # of the page, in the folder of the demo
     settings,       # `DemoSettings`
@@ -319,6 +362,7 @@ def write_page(
     "Write the page of a demo"
     parts = [part(path.parent, results) for part in (groove_section, sounds_section, listener_section, mixture_section, player_section)]
     body = head_of(settings, results) + ''.join(parts) + throughput_section(path.parent, results, timings)
-    text = ('<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1"><title>datatools, end to end</title>'
-            f'<style>{CSS}</style></head><body><main>{body}</main><footer>Written by datatools demo --seed {settings.seed}. This file is complete: it loads nothing from elsewhere.</footer></body></html>')
+    footer = f'<footer>Written by datatools demo --seed {settings.seed}. This file is complete: it loads nothing from elsewhere.</footer>'
+    text = ('<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">'
+            f'<title>datatools, end to end</title><style>{CSS}</style></head><body><main>{body}</main>{footer}</body></html>')
     with atomic_write(path, 'w') as file: file.write(text)

@@ -25,7 +25,7 @@ def test_every_block_runs_in_an_empty_folder(tmp_path):
     run = [(language, code) for language, code in BLOCK.findall(README) if language]
     assert [language for language, _ in run] == ['python', 'sh', 'python', 'sh', 'python', 'sh', 'python']
     for language, code in run:
-        done = subprocess.run([*commands[language], code], cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=120)
+        done = subprocess.run([*commands[language], code], cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=600)  # where nothing is compiled yet, that comes on top
         assert done.returncode == 0, f'{code}\n{done.stdout}\n{done.stderr}'
 
 
