@@ -184,14 +184,14 @@ def _connected(address):
     except (OSError, ValueError) as error:
         raise bad_value('scheduler', address, 'the address of a running Dask scheduler, such as tcp://host:8786', f'({error})') from None
 
-# %% ../nbs/05_cluster.ipynb #0c3c947a
+# %% ../nbs/05_cluster.ipynb #05035062
 @patch
 def submit(self: DaskEngine, token, function, arguments):
     try: call = cloudpickle.dumps((function, arguments), protocol=5)
     except Exception as error: return self.ended.put((token, Outcome('exception', None, f'the arguments cannot be sent to a worker: {error}')))
     while isinstance(function, partial): function = function.func
     self.attempts += 1
-    future = self.client.submit(run_apart, call, self.timeout, _versions(), pure=False, resources=self.resources,
+    future = self.client.submit(run_apart, call, self.timeout, _versions(), pure=False, resources=self.resources, priority=-self.attempts,
                                 key=f'{getattr(function, "__name__", "task")}-{self.job}-{self.attempts}')
     self.futures[token], ended = future, self.ended
     future.add_done_callback(lambda done: ended.put((token, done)))

@@ -153,7 +153,7 @@ def test_the_same_bytes_as_on_one_machine(tool, inputs, client, tmp_path, monkey
     made, expected = content(tmp_path/'cluster'), content(tmp_path/'alone')
     assert made.keys() == expected.keys() and len(made) > 1
     assert [name for name in made if made[name] != expected[name]] == []
-    assert known(client) == 0
+    wait_until(lambda: known(client) == 0)
 
 
 @pytest.mark.parametrize('tool', TOOLS)
