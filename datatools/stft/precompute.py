@@ -400,7 +400,7 @@ def _open_part(output, side, facts, config, keep_audio, resume, options):
     decides = dict(stft=config.as_dict(), keep_audio=keep_audio, files=len(facts), files_sha256=config_hash(facts))
     return StoreWriter(output/f'{side}.lmdb', decides, options.map_size, options.durability, resume), list(facts)
 
-# %% ../../nbs/stft/23_precompute.ipynb #c1e9fb74
+# %% ../../nbs/stft/23_precompute.ipynb #641ce596
 def _in_flight(sizes, config, workers):
     "How many files may be at work or wait in the spool: fewer if they are long, but one for each worker"
     cell = 4 if config.dtype == 'float16' else 8  # bytes of a bin; 16-bit audio has 2 for a sample
@@ -411,11 +411,11 @@ def _in_flight(sizes, config, workers):
 def _results(parts, files, facts, refused, spool, config, keep_audio, options, engine):
     "What becomes of the missing files, in order: (part, result, spool file)."
     waiting = [(part, name, str(spool/str(number))) for number, (part, name) in enumerate((part, name) for part in parts for name in part.missing)]
-    work = partial(transform_file, memory_bytes=0 if options.workers else MEMORY_BYTES, config=config, keep_audio=keep_audio, device=options.device)
+    work = partial(transform_file, memory_bytes=0 if options.workers or engine != 'local' else MEMORY_BYTES, config=config, keep_audio=keep_audio, device=options.device)
     readable = [(name, place) for _, name, place in waiting if name not in refused]
     tasks = (Task(name, (absolute(files[name]), place, name, facts[name]['metadata'])) for name, place in readable)
     workers = min(options.workers, len(readable)) if engine == 'local' else options.workers
-    several = _in_flight([facts[name]['bytes'] for name, _ in readable], config, workers) if workers and engine == 'local' else None
+    several = partial(_in_flight, [facts[name]['bytes'] for name, _ in readable], config) if workers or engine != 'local' else None
     with ExitStack() as stack:
         if readable: results = stack.enter_context(closing(run_tasks(work, tasks, workers=workers, timeout=options.timeout, retries=RETRIES, in_flight=several, engine=engine)))
         for part, name, place in waiting:
