@@ -6,8 +6,9 @@
 __all__ = ['FORMAT', 'VERSION', 'divide', 'shard_name', 'make_shard', 'precompute_shards', 'open_manifest', 'shard_problems',
            'verify_shards']
 
-# %% ../../nbs/stft/23_shards.ipynb #c52315f8
+# %% ../../nbs/stft/23_shards.ipynb #fa217e11
 import errno
+import gc
 import multiprocessing
 import os
 import shutil
@@ -81,7 +82,7 @@ def _copied(work, final):
     for folder in (copy, *(path for path in copy.rglob('*') if path.is_dir())): fsync_directory(folder)
     return copy
 
-# %% ../../nbs/stft/23_shards.ipynb #3d2423f5
+# %% ../../nbs/stft/23_shards.ipynb #62e82456
 def make_shard(
     listing: Listing,            # its files
     final: str,                  # folder that it becomes
@@ -98,6 +99,7 @@ def make_shard(
     work = final.with_name(f'.{final.name}') if scratch is None else Path(scratch)/f'{final.name}-{config_hash(str(final))[:16]}'
     multiprocessing.current_process()._config['daemon'] = False  # a worker of `run_tasks` may have one child: the process that decodes
     summary = precompute_listed(listing, work, config, keep_audio, True, False, skip, options)
+    gc.collect()  # lets go of that child's semaphores now: this process may be stopped as soon as it has answered
     sides = _facts_of_shard(work, summary)
     write_json(work/'shard.json', sides)
     if scratch is None: _published(work, final)
