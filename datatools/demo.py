@@ -10,7 +10,7 @@ __all__ = ['SIZES', 'QUICK_SIZES', 'SAMPLE_RATE', 'SECONDS', 'WINDOW', 'BOARD_SI
            'train_listener', 'play_positions', 'position_streams', 'report_mixture', 'train_player', 'Stage',
            'result_of', 'Timings', 'run_stages', 'claim', 'run_demo', 'demo']
 
-# %% ../nbs/92_demo.ipynb #cc575791
+# %% ../nbs/92_demo.ipynb #07561116
 import io
 import json
 import multiprocessing
@@ -27,7 +27,7 @@ import typer
 from .console import Group, Json, Seed, Workers, clear_errors, echo, existing, shared, show
 from .core import (DatatoolsError, FormatError, Manifest, atomic_write, bad_value, clean_temporaries, config_hash, file_lock, hash_file,
                             read_json, seed_for, write_json)
-from .jobs import _deaf_children, call, die_with_parent
+from .jobs import deaf_children, call, die_with_parent
 
 # %% ../nbs/92_demo.ipynb #74e38466
 SIZES = dict(loops=200, rhythms=12, sounds=320, listener_epochs=8, games=1000, player_epochs=2)
@@ -412,7 +412,7 @@ def _work(connection, parent: int, name: str, settings: DemoSettings, out: Path)
     connection.send(call(stage.function, (settings, out/name, *(out/each for each in stage.inputs))))
     connection.close()
 
-# %% ../nbs/92_demo.ipynb #d389af40
+# %% ../nbs/92_demo.ipynb #c85b28d6
 class _Running:
     "A stage at work"
     def __init__(self, stage: Stage, settings: DemoSettings, out: Path):
@@ -420,7 +420,7 @@ class _Running:
         self.stage, self.begun = stage, time.perf_counter()
         self.results, sender = context.Pipe(False)
         self.process = context.Process(target=_work, args=(sender, os.getpid(), stage.name, settings, out))
-        with _deaf_children(): self.process.start()
+        with deaf_children(): self.process.start()
         sender.close()
 
     def result(self) -> dict:
@@ -439,7 +439,7 @@ class _Running:
         self.process.join()
         self.results.close()
 
-# %% ../nbs/92_demo.ipynb #961d1cc2
+# %% ../nbs/92_demo.ipynb #661fddb4
 class Timings:
     "How often each stage was begun, and how long its last run took"
     def __init__(self,
@@ -454,12 +454,12 @@ class Timings:
         write_json(self.path, self.stages)
 
     def end(self, stage: Stage, seconds: float) -> None:
-        "Note how long it took"
+        "Note that it took so many `seconds`"
         self.stages[stage.name]['seconds'] = round(seconds, 3)
         write_json(self.path, self.stages)
 
     def line(self, stage: Stage, amount: int) -> str:
-        "A stage in one line"
+        "A stage and the `amount` of its units in one line"
         found = self.stages.get(stage.name, {})
         seconds = found.get('seconds')
         if not seconds or found['runs'] > 1: return f'{stage.name:10}{amount:10,} {stage.unit:10}   resumed'
@@ -496,7 +496,7 @@ def run_stages(
         for each in running.values(): each.stop()
     return count
 
-# %% ../nbs/92_demo.ipynb #e4ef7cce
+# %% ../nbs/92_demo.ipynb #fcda4636
 FORMAT, VERSION, PAGE = 'datatools demo', 1, 'index.html'
 
 
@@ -504,7 +504,7 @@ FORMAT, VERSION, PAGE = 'datatools demo', 1, 'index.html'
 def claim(
     out: Path,      # folder of the demo, made if it does not exist
     config: dict,   # of `configuration`
-):
+):                  # for `with`
     "Hold the folder, or refuse it"
     if out.exists() and not (out/Manifest.name).exists() and (not out.is_dir() or any(not path.name.startswith('.') for path in out.iterdir())):
         raise bad_value('output_dir', str(out), 'a new or empty folder, or that of an earlier demo')

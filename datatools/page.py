@@ -21,7 +21,7 @@ import numpy as np
 
 from .core import atomic_write, human_bytes
 
-# %% ../nbs/93_page.ipynb #cbc667fa
+# %% ../nbs/93_page.ipynb #afb09b9c
 STYLE = {'svg.fonttype': 'none', 'svg.hashsalt': 'datatools', 'font.family': 'sans-serif', 'font.size': 10, 'axes.spines.top': False, 'axes.spines.right': False,
          'axes.edgecolor': '#888888', 'xtick.color': '#888888', 'ytick.color': '#888888', 'xtick.labelcolor': 'black', 'ytick.labelcolor': 'black',
          'legend.frameon': False, 'axes.titlesize': 10, 'axes.titlelocation': 'left', 'axes.facecolor': 'none', 'figure.facecolor': 'none', 'image.cmap': 'magma'}
@@ -30,7 +30,7 @@ BLUE, ORANGE, GREY = '#3b82c4', '#e07b39', '#8a8f98'
 
 def figure_svg(
     draw,        # called with the other arguments, gives a matplotlib figure
-    *arguments,
+    *arguments,  # of the drawing
 ) -> str:        # an svg element, the same for the same figure
     "A figure to be put into a page, in the colour of its text"
     import matplotlib.pyplot as plt
@@ -42,11 +42,11 @@ def figure_svg(
     text = text[text.index('<svg'):].replace('#000000', 'currentColor')
     return re.sub(r'width="([\d.]+)pt" height="[\d.]+pt"', lambda size: f'width="{float(size[1]) * 4 / 3:.0f}" fill="currentColor"', text, count=1)
 
-# %% ../nbs/93_page.ipynb #a38dc679
+# %% ../nbs/93_page.ipynb #d25bbd50
 def data_uri(
-    content: bytes,
-    kind: str,   # media type, as 'image/png'
-) -> str:
+    content: bytes,  # a picture or a sound
+    kind: str,       # media type, as 'image/png'
+) -> str:            # 'data:…'
     "Bytes as the address of themselves"
     return f'data:{kind};base64,{base64.b64encode(content).decode()}'
 
@@ -76,7 +76,7 @@ def picture(
     plt.imsave(file, np.asarray(values)[::-1], vmin=low, vmax=high, cmap='magma', format='png')
     return f'<img alt="{escape(label)}" src="{data_uri(file.getvalue(), "image/png")}">'
 
-# %% ../nbs/93_page.ipynb #200444af
+# %% ../nbs/93_page.ipynb #93558462
 def table(
     head,  # names of the columns
     rows,  # lists of text; a column in which the first row has a number is set to the right
@@ -97,10 +97,10 @@ def figure(
 
 
 def section(
-    title: str,
-    text: str,     # a paragraph
-    *parts: str,   # HTML
-) -> str:
+    title: str,   # a few words
+    text: str,    # a paragraph
+    *parts: str,  # HTML
+) -> str:         # HTML
     "A part of the page"
     return f'<section><h2>{escape(title)}</h2><p>{escape(text)}</p>{"".join(parts)}</section>'
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from .core import DatatoolsError, FormatError, Manifest, atomic_write, bad_value, file_lock, hash_file, read_json, write_json
 
-# %% ../nbs/06_remote.ipynb #5a0ebbd9
+# %% ../nbs/06_remote.ipynb #7e0c52ff
 def is_url(
     path,       # str or Path
 ) -> bool:      # False for a path of this machine, and for what is no text
@@ -42,7 +42,7 @@ OBJECT_STORES = {*PACKAGES}  # an object that is being written there cannot be s
 
 
 def file_system(
-    url: str,
+    url: str,  # 's3://bucket/folder', 'memory://folder', …
 ) -> tuple:  # (file system of fsspec, path within it)
     "Who answers for a URL."
     import fsspec  # here: most programs never see a URL
@@ -53,10 +53,10 @@ def file_system(
         raise bad_value('url', url, 'a place that fsspec can open', remedy) from error
     return system, path.rstrip('/')
 
-# %% ../nbs/06_remote.ipynb #e3f5107a
+# %% ../nbs/06_remote.ipynb #92f54e72
 class Remote(NamedTuple):
     "A file at a URL, as a listing tells it."
-    url: str
+    url: str      # of the file
     size: int     # bytes
     version: str  # another one for another content
 
@@ -224,9 +224,9 @@ def _withdraw(url, manifest):
         left = [name for name in system.find(path) if fnmatch(PurePosixPath(name).name, UNFINISHED)]
         for name in [*left, *([f'{path}/{Manifest.name}'] if manifest else [])]: system.rm_file(name)
 
-# %% ../nbs/06_remote.ipynb #57dc95c0
+# %% ../nbs/06_remote.ipynb #e30e2083
 def staging_folder(
-    url: str,
+    url: str,  # of a file or folder
 ) -> Path:     # a folder of this machine, made if it does not exist
     "Where the copy of a URL lies."
     root = Path(os.environ.get('DATATOOLS_STAGE') or Path(tempfile.gettempdir(), f'datatools-{os.getuid() if hasattr(os, "getuid") else os.getlogin()}'))

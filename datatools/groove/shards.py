@@ -20,7 +20,7 @@ from .model import GrooveModel
 from .train import LOG, BadFile, FileList, Run, begin_run, finished_model, merge_files, run_summary, train_model
 from ..jobs import Ledger, Task, make_engine, run_tasks
 
-# %% ../../nbs/groove/16_shards.ipynb #5ba95b0b
+# %% ../../nbs/groove/16_shards.ipynb #6bbac198
 LISTS, HELD_BYTES = 'lists.json', 1 << 26  # names in memory while they are dealt
 
 
@@ -33,7 +33,9 @@ def deal(
 ):
     "Write a list for each shard of a shard, or find them there; `MismatchError` if they are of another run"
     wanted = dict(facts, shards=shards, count=len(files))
-    if (folder/LISTS).exists(): return check_same_config(folder/LISTS, {name: value for name, value in read_json(folder/LISTS).items() if name != 'folder'}, wanted)
+    if (folder/LISTS).exists():
+        check_same_config(folder/LISTS, {name: value for name, value in read_json(folder/LISTS).items() if name != 'folder'}, wanted)
+        return
     waiting, held = [[] for _ in range(shards)], 0
     for number in range(shards): _list_path(folder, number).unlink(missing_ok=True)
     for index, path in files.items(run.shard_index, run.num_shards):

@@ -587,7 +587,7 @@ def train_model(
         _tidy(store, checkpoint)
     return run_summary(run, output, state.totals, start, state.processed - before)
 
-# %% ../../nbs/groove/16_train.ipynb #e7bd11fd
+# %% ../../nbs/groove/16_train.ipynb #0be2f6d6
 def _finish(output, config, coverage, run, store, state, files):
     "Write the skip report, the model, and the shards of a memmap store; then let the runs go"
     write_skip_report(skip_report_path(output), files, run.shard_index, run.num_shards, state.statuses)
@@ -610,7 +610,7 @@ def run_summary(
     totals:dict,     # of the model
     start:float,     # `time.perf_counter()` when it began
     processed:int,   # files that were read now
-)->dict:
+)->dict:             # JSON
     "What `train_model` gives back"
     seconds = time.perf_counter() - start
     memory = dict(peak_rss_bytes=peak_rss_bytes()) if run.mem_stats else {}
