@@ -28,7 +28,7 @@ test: $(VENV)/.installed-dev ## install and run every check: clean notebooks, ex
 	@echo "== notebooks: every cell runs, every assertion holds (nbdev_test)"
 	@$(BIN)/nbdev_test --n_workers 2
 	@echo "== tests/: processes, command line, packaging, site (pytest)"
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 docs: $(VENV)/.installed-dev ## build the site into _docs/ (needs Quarto 1.7.34)
 	@command -v quarto >/dev/null || { echo "make docs needs Quarto 1.7.34 on PATH: download it from \

@@ -101,13 +101,14 @@ def run_apart(
     if not hasattr(_threads, 'beside'): _threads.beside = _Beside()
     return _threads.beside.run(_call_pickled, (call,), timeout, _wanted())
 
-# %% ../nbs/05_cluster.ipynb #ffe84e3c
+# %% ../nbs/05_cluster.ipynb #016a02c7
 LOG = logging.getLogger('datatools.cluster')
 PATIENCE = 60.  # seconds without a worker, until it is said
 
 
 class DaskEngine(Engine):
     "Runs calls on a Dask cluster."
+    on_this_machine = False
     def __init__(self,
         workers: int = None,     # processes of a cluster on this machine; None where there is a scheduler
         timeout: float = None,   # seconds allowed per attempt, None for no limit

@@ -85,7 +85,7 @@ class Group(typer.core.TyperGroup):
             code = error.exit_code
         sys.exit(code if isinstance(code, int) else 0)
 
-# %% ../nbs/04_console.ipynb #1bc5d06a
+# %% ../nbs/04_console.ipynb #fc90fa3f
 HELP = {
     '--workers': 'Worker processes',
     '--engine': 'Where the work is done: by processes of this machine, or by workers of Dask. [default: local]',
@@ -111,7 +111,7 @@ def shared(
     if name == '--engine': return typer.Option(name, metavar='local|dask', help=HELP[name])
     if name == '--progress': return typer.Option('--progress/--no-progress', help=HELP[name])
     if name not in HELP: raise bad_value('name', name, HELP)
-    return typer.Option(*filter(None, [SHORT.get(name), name, *aliases]), help=f'{HELP[name]}{more}.')
+    return typer.Option(*filter(None, [SHORT.get(name), name, *aliases]), help=f'{HELP[name]}{more}.', metavar='<path>' if name in SHORT else None)
 
 # %% ../nbs/04_console.ipynb #12ee861a
 class Engines(str, Enum): local, dask = 'local', 'dask'

@@ -536,7 +536,7 @@ def run_demo(
         manifest.update(complete=True)
     return dict(page=str((out/PAGE).absolute()), ran=ran, stages={name: dict(timings.get(name, {}), **result) for name, result in results.items()})
 
-# %% ../nbs/92_demo.ipynb #24884a23
+# %% ../nbs/92_demo.ipynb #08948dfa
 app = typer.Typer(name='demo', cls=Group, help='See all tools at work, and the results on one page.',
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 Midi = Annotated[Optional[Path], typer.Option('--midi', metavar='DIR',
@@ -555,6 +555,7 @@ def demo(
     workers:Workers = 2,
     as_json:Json = False,
 ):
+    os.environ.setdefault('PYTHONWARNINGS', 'ignore:resource_tracker:UserWarning')  # a stage that is ended because another one failed need not tidy up
     with clear_errors('Interrupted. What has finished is safe: the same command goes on from there.'):
         settings = DemoSettings(seed, None if midi is None else str(midi), plugin, quick, workers)
         done = run_demo(output_dir, settings, lambda text: echo(text, err=as_json))

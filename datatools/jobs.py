@@ -50,7 +50,7 @@ class TaskResult:
     attempts: int = 1               # how often the task was started
     seconds: float = 0.             # time that the last attempt took
 
-# %% ../nbs/01_jobs.ipynb #322bff9e
+# %% ../nbs/01_jobs.ipynb #0aacdddc
 class Outcome(NamedTuple):
     "How one attempt at a call ended."
     kind: str             # 'value', 'exception', 'timeout' or 'crash'
@@ -72,6 +72,7 @@ def call(
 
 class Engine:
     "Where calls are run. Subclasses are made with the number of workers and the time limit in seconds, or None."
+    on_this_machine = True
     def __init__(self,
         workers: int,           # calls at a time
         timeout: float = None,  # seconds for one call, None for no limit

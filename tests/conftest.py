@@ -13,6 +13,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # A shell starts background jobs with SIGINT ignored, and children inherit that: the tests of Ctrl-C need it heard.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
+LONG = [f'test_{name}.py' for name in ('distributed', 'lab', 'demo', 'cluster', 'readme', 'site', 'info')]
+
+
+def pytest_collection_modifyitems(items: list):
+    "The files that take minutes come first, so that two workers end together (with --no-loadscope-reorder)."
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 @pytest.fixture(scope='session')
 def root() -> Path:

@@ -280,8 +280,9 @@ def test_a_hostile_pickle_is_not_run(tmp_path):
 def test_the_names_are_those_of_the_wings():
     from datatools.groove import model, train
     from datatools.pool import shards as pool_shards, training, tuning
+    from datatools.stft import shards as stft_shards
     from datatools.vst import chunks
-    assert {pool_shards.FORMAT, pool_shards.PACKED_FORMAT, training.FORMAT, tuning.FORMAT, chunks.FORMAT} == {*FORMATS} - {'datatools demo'}
+    assert {pool_shards.FORMAT, pool_shards.PACKED_FORMAT, training.FORMAT, tuning.FORMAT, stft_shards.FORMAT, chunks.FORMAT} == {*FORMATS} - {'datatools demo'}
     assert {model.MODEL_KIND, train.CHECKPOINT_KIND, pool_shards.KIND} <= {*ARRAYS}
 
 

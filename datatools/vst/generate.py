@@ -373,7 +373,7 @@ def summary(self: _Account, complete: bool) -> dict:
                 rejections={cause: self.rejections[cause] for cause in CAUSES if self.rejections[cause]},
                 given_up={str(index): causes for index, causes in self.given_up.items()}, failed_blocks=len(self.failed))
 
-# %% ../../nbs/vst/47_generate.ipynb #8c330ae5
+# %% ../../nbs/vst/47_generate.ipynb #30dd9abd
 _ENVIRONMENT = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM)]
 HOPELESS = 16  # samples given up, with none that could be made, before a run stops
 _HINTS = dict(silent='Is min_loudness too high, or does the plugin need initialization_timeout to load its sounds?', timeout='Is timeout_seconds too short?',
@@ -397,7 +397,7 @@ def _run(job: Job, chunks: list, account: _Account, bar, engine, finished) -> No
     if not chunks: return
     places = {name: os.path.abspath(place) for name in ('output_dir', 'plugin_path', 'midi') if (place := getattr(job.config, name)) not in (None, 'builtin')}
     job = replace(job, config=replace(job.config, **places))  # workers elsewhere do not know where we are
-    block = BLOCK if engine == 'local' else job.config.samples_per_file
+    block = BLOCK if engine == 'local' or getattr(engine, 'on_this_machine', False) else job.config.samples_per_file  # several machines do not write one file
     with closing(run_tasks(render_block, _blocks(job, chunks, block), workers=job.config.num_workers, retries=2, engine=engine)) as results:
         for result in results:
             account.add(result, bar)
