@@ -26,7 +26,7 @@ test: $(VENV)/.installed-dev ## install and run every check: clean notebooks, ex
 	@echo "== notebooks are clean, datatools/ is what the notebooks export"
 	@$(BIN)/python scripts/check_export.py
 	@echo "== notebooks: every cell runs, every assertion holds (nbdev_test)"
-	@$(BIN)/nbdev_test --n_workers 2
+	@$(BIN)/python scripts/run_nbdev_test.py --n_workers 2
 	@echo "== tests/: processes, command line, packaging, site (pytest)"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 
@@ -44,7 +44,7 @@ bench: $(VENV)/.installed-bench ## run benchmarks/ side by side with the peers (
 	echo "== benchmarks/$$name.py"; $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 drill: $(VENV)/.installed-dev ## the long crash drills that `make test` leaves out; every notebook alone, and in a kernel
-	@$(BIN)/python -m pytest -m drill
+	@$(BIN)/python -m pytest -m drill --timeout 3600
 
 prepare: $(VENV)/.installed-dev ## before a commit: clean, export, README, and a style report
 	@$(BIN)/nbdev_clean

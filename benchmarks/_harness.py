@@ -1,10 +1,12 @@
 """What the benchmarks share: contestants timed in turns, one table, the machine they ran on."""
+import argparse
 import json
 import os
 import platform
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -113,3 +115,22 @@ def save(name, rows, facts):
     path = RESULTS / f'{name}-{time.strftime("%Y%m%d-%H%M%S")}.json'
     path.write_text(json.dumps(dict(machine=facts, rows=[asdict(row) for row in rows]), indent=1, default=float))
     say(f'figures in {path.relative_to(ROOT)}')
+
+
+def run(tool, description, measures, footnotes=dict):
+    "The command line of a benchmark: `measures` are functions of a folder and whether to be quick, by name; `footnotes()` gives what was left out"
+    parser = argparse.ArgumentParser(prog=f'python -m benchmarks.{tool}', description=description.partition('\n')[0], allow_abbrev=False)
+    parser.add_argument('--quick', action='store_true', help='small data and few rounds')
+    parser.add_argument('--only', action='append', choices=measures, metavar='NAME', help=f'one of {", ".join(measures)}; may be given several times')
+    parser.add_argument('--place', type=Path, help='folder for temporary files, on the disk to be measured; the system\'s by default')
+    options = parser.parse_args()
+    facts, rows = machine(), []
+    say(f'{facts["cpu"]}, {facts["cores"]} cores, load {facts["load"]}')
+    for name in options.only or measures:
+        say(name)
+        with tempfile.TemporaryDirectory(prefix=f'{tool}-{name}-', dir=options.place) as place: rows += measures[name](Path(place), options.quick)
+    show(rows, facts)
+    for name, reason in footnotes().items(): print(f'left out: {name}: {reason}')
+    save(tool, rows, facts)
+    missed = [row for row in rows if row.met is False]
+    print(f'\n{sum(row.met is True for row in rows)} targets met, {len(missed)} missed' + ''.join(f'\n  missed: {row.measure}: {row.who.strip()}, {row.target}' for row in missed))

@@ -1,47 +1,46 @@
 """What a cluster costs and what it brings: a local Dask cluster on loopback beside our own worker processes.
 
-    python -m benchmarks.cluster                  # everything: about 10 minutes on an idle machine with two cores
-    python -m benchmarks.cluster --quick          # the same measures, small, in about two minutes
+    python -m benchmarks.cluster                  # everything
+    python -m benchmarks.cluster --quick          # the same measures, small
     python -m benchmarks.cluster --only overhead  # one of: tasks cost overhead scaling
 
 **tasks**: how long a task is that each tool makes by default, for processes of this machine and for a cluster; a sound of
-4 s, a song of 30 s, and drum loops of `datatools.testing`. **cost**: what a task of no length takes, by the wall clock and
+4 s, songs of 30 s, and drum loops of `datatools.testing`. **cost**: what a task of no length takes, by the wall clock and
 in processor time of the process that has the scheduler and the bookkeeping in it, which is what limits a large cluster.
 **overhead**: tasks that sleep as long as those of the tools, one worker: the share of the time that nobody worked.
-Tasks longer than two seconds sleep for two, and the share is reckoned for their length. **scaling**: the same tasks of
-each tool by two workers and by one, in turns, everything started and imported before; beside it the same for plain Python
-processes, which no scheduler slows: two hyperthreads of one core are not two cores, and that is the ceiling.
+Tasks longer than two seconds sleep for two, and the share is reckoned for their length. **scaling**: the tasks that each
+tool makes, those of a cluster cut to about two seconds, by two workers and by one, in turns, everything started and
+imported before; beside it the same for plain Python processes, which no scheduler slows: two hyperthreads of one core are
+not two cores, and that is the ceiling.
 """
 import os
 
 for _name in ('NUMBA_NUM_THREADS', 'OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ.setdefault(_name, '1')
 
-import argparse
 import gzip
 import multiprocessing
 import pickle
 import shutil
 import statistics
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
-from pathlib import Path
 
 import numpy as np
 import soundfile
 
-from benchmarks._harness import Row, in_turns, machine, save, say, show
+from benchmarks._harness import Row, in_turns, run, say
 from datatools.cluster import DaskEngine
 from datatools.core import rng_for
 from datatools.groove.events import GrooveConfig
+from datatools.groove.files import BATCH_FILES, count_files_apart
 from datatools.groove.shards import SHARD_FILES
-from datatools.groove.train import BATCH_FILES, count_files_apart
 from datatools.jobs import LocalEngine, Task, run_tasks
-from datatools.pool.legacy import LIMIT_BYTES, convert_file, winner
-from datatools.stft.precompute import transform_file
+from datatools.pool.legacy import convert_file
+from datatools.pool.pickles import LIMIT_BYTES, winner
+from datatools.stft.precompute import CLUSTER_BYTES, TASK_BYTES, _spectra_bytes, transform_file, transform_files
 from datatools.stft.transform import STFTConfig
 from datatools.testing import sleep_for, write_drum_corpus
 from datatools.vst.config import GenerateConfig
@@ -57,20 +56,21 @@ class Groove:
     times = SHARD_FILES / BATCH_FILES  # a task of the cluster, in tasks of this machine
 
     def __init__(self, place): self.files = [(str(path), False) for path in write_drum_corpus(place/'corpus', BATCH_FILES)]
-    def tasks(self, count): return [Task(str(number), (self.files, GrooveConfig(), None, False, 1 << 20)) for number in range(count)]
+    def tasks(self, count, times=1): return [Task(str(number), (self.files * times, GrooveConfig(), None, False, 1 << 20)) for number in range(count)]
 
 
 class Spectra:
-    "Transforming songs"
-    name, function = 'stft', staticmethod(partial(transform_file, config=STFTConfig()))
-    local = cluster = 'a song of 30 s'
-    times = 1
+    "Transforming songs, as many in a task as `precompute` puts there"
+    name, function = 'stft', staticmethod(partial(transform_files, partial(transform_file, config=STFTConfig())))
+    songs = int(TASK_BYTES // _spectra_bytes('song.wav', 30 * 44_100 * 2, STFTConfig()))
+    times = CLUSTER_BYTES / TASK_BYTES
+    local, cluster = f'{songs} songs of 30 s', f'{int(songs * times)} songs of 30 s'
 
     def __init__(self, place):
         self.place = place
         soundfile.write(place/'song.wav', rng_for(0).standard_normal(30 * 44_100) / 10, 44_100, subtype='PCM_16')
 
-    def tasks(self, count): return [Task(str(number), (str(self.place/'song.wav'), str(self.place/f'spool-{number}'), 'song.wav', {})) for number in range(count)]
+    def tasks(self, count, times=1): return [Task(str(number), ([(str(self.place/'song.wav'), str(self.place/f'spool-{number}'), 'song.wav', {})] * self.songs * times,)) for number in range(count)]
 
 
 class Sounds:
@@ -86,10 +86,11 @@ class Sounds:
         config = GenerateConfig(str(self.place), BLOCK * 1000, plugin_path='builtin', param_set='builtin')
         return replace(plan(config)[0], config=replace(config, samples_per_file=BLOCK))
 
-    def tasks(self, count):
+    def tasks(self, count, times=1):
         shutil.rmtree(self.place, ignore_errors=True)
         self.place.mkdir()
-        return [Task(str(number), (self.job, number, 0, BLOCK)) for number in range(count)]
+        job = replace(self.job, config=replace(self.job.config, samples_per_file=times * BLOCK))
+        return [Task(str(number), (job, number, 0, times * BLOCK)) for number in range(count)]
 
 
 class Positions:
@@ -118,7 +119,7 @@ class Positions:
             example |= dict(value=int(winner(board)), metadata=dict(game_id=number, position_in_game=position, total_positions=len(examples)))
         return examples
 
-    def tasks(self, count): return [Task(str(number), (self.place/'shuffled_0000.pkl.gz', self.place/f'part-{number}.records', False, 'global', 0, LIMIT_BYTES)) for number in range(count)]
+    def tasks(self, count, times=1): return [Task(str(number), (self.place/'shuffled_0000.pkl.gz', self.place/f'part-{number}.records', False, 'global', 0, LIMIT_BYTES)) for number in range(count)]
 
 
 TOOLS = Groove, Spectra, Sounds, Positions
@@ -210,44 +211,29 @@ def _plain(pool, function, tasks): [each.result() for each in [pool.submit(funct
 
 
 def scaling(place, quick):
-    rows, spawn, count = [], multiprocessing.get_context('spawn'), 2 if quick else 16
-    for tool in TOOLS:
-        made = tool(place)
+    rows, spawn = [], multiprocessing.get_context('spawn')
+    for tool, measured in lengths(place, quick).items():
+        made, length = tool(place), statistics.median(measured)
         say(f'scaling: {tool.name}')
         for name in ('plain processes', *ENGINES):
+            times = max(1, min(int(tool.times), round(LONGEST / length))) if name == 'Dask' else 1
+            count = 2 * max(2 if quick else 4, round((1 if quick else 4) / (times * length)))
             with ExitStack() as stack:
                 runs = {}
                 for workers in (1, 2):
                     if name == 'plain processes': run = partial(_plain, stack.enter_context(ProcessPoolExecutor(workers, mp_context=spawn)))
                     else: run = partial(work, stack.enter_context(started(ENGINES[name], workers)))
                     run(tool.function, made.tasks(2 * workers))
-                    runs[workers] = lambda run=run: run(tool.function, made.tasks(count))
-                seconds = in_turns(runs, 1 if quick else 7)
+                    runs[workers] = lambda run=run: run(tool.function, made.tasks(count, times))
+                seconds = in_turns(runs, 1 if quick else 5)
             ratios = [one / two for one, two in zip(seconds[1].wall, seconds[2].wall)]
             aimed = {} if name == 'plain processes' else dict(target='≥ 1.8x', met=statistics.median(ratios) >= 1.8)
-            rows.append(Row(f'two workers against one, {tool.name}: {count} times {tool.local}', name, ratios, 'x', note=f'{count / statistics.median(seconds[1].wall):.4g} tasks/s with one'
-                + (', the ceiling' if not aimed else ''), **aimed))
+            rows.append(Row(f'two workers against one, {tool.name}', name, ratios, 'x',
+                note=f'{count} tasks of {times * length:.2g} s' + ('' if aimed else ', the ceiling'), **aimed))
     return rows
 
 
 MEASURES = dict(tasks=tasks, cost=cost, overhead=overhead, scaling=scaling)
 
 
-def main():
-    parser = argparse.ArgumentParser(prog='python -m benchmarks.cluster', description=__doc__.partition('\n')[0], allow_abbrev=False)
-    parser.add_argument('--quick', action='store_true', help='few tasks and few rounds')
-    parser.add_argument('--only', action='append', choices=MEASURES, metavar='NAME', help=f'one of {", ".join(MEASURES)}; may be given several times')
-    parser.add_argument('--place', type=Path, help='folder for temporary files, some 500 MB; the system\'s by default')
-    options = parser.parse_args()
-    facts, rows = machine(), []
-    say(f'{facts["cpu"]}, {facts["cores"]} cores, load {facts["load"]}')
-    for name in options.only or MEASURES:
-        say(name)
-        with tempfile.TemporaryDirectory(prefix=f'cluster-{name}-', dir=options.place) as place: rows += MEASURES[name](Path(place), options.quick)
-    show(rows, facts)
-    save('cluster', rows, facts)
-    missed = [row for row in rows if row.met is False]
-    print(f'\n{sum(row.met is True for row in rows)} targets met, {len(missed)} missed' + ''.join(f'\n  missed: {row.measure}: {row.who}, {row.target}' for row in missed))
-
-
-if __name__ == '__main__': main()
+if __name__ == '__main__': run('cluster', __doc__, MEASURES)

@@ -8,7 +8,6 @@ stands still is named by its mutant, and the run goes on behind it. What `read_d
 """
 import argparse
 import json
-import os
 import queue
 import resource
 import subprocess

@@ -49,11 +49,13 @@ from numba import njit
 
 from benchmarks._harness import ROOT, Row, in_turns, machine, save, say, show
 from datatools.groove.arpa import token_words, write_arpa
-from datatools.groove.counts import KeyLayout, MemoryStore, Tally, fold_order, ngram_keys
+from datatools.groove.counts import KeyLayout, Tally, fold_order, ngram_keys
 from datatools.groove.events import GrooveConfig
+from datatools.groove.files import BATCH_ONSETS, FileList, count_files
 from datatools.groove.model import GrooveModel, as_events, table_layout
 from datatools.groove.smoothing import build_trie, forecast, score_tokens
-from datatools.groove.train import BATCH_ONSETS, FileList, Run, count_files, merge_files, train_model
+from datatools.groove.stores import MemoryStore
+from datatools.groove.train import Run, merge_files, train_model
 
 DATA = ROOT.parent / 'shared/data/groove_midi'
 
@@ -372,7 +374,7 @@ def midi_bytes(tick, pitch, velocity, starts):
 def write_endless(model, folder, onsets, bars=512, at_once=64):
     "Files of about 10,000 onsets, drawn from the model with all novelty, until there are so many onsets"
     folder.mkdir()
-    written, files, config = 0, 0, model.config
+    written, files = 0, 0
     while written < onsets:
         grooves = model.generate(bars, at_once, seed=files, novelty=1.0, recall=False)
         groove = np.repeat(np.arange(at_once), np.diff(grooves.starts))
@@ -457,9 +459,8 @@ def kills(corpus, quick):
     place, chance, rows = Path(tempfile.mkdtemp(prefix='groove-kills-')), random.Random(1), []
     config, files = GrooveConfig(order=4), FileList(corpus.files)
     try:
-        start = time.perf_counter()
         train_model(files, place / 'whole.model', config, Run(show_progress=False))
-        whole, seconds = digest(place / 'whole.model'), time.perf_counter() - start
+        whole = digest(place / 'whole.model')
         for store in ('memory', 'memmap', 'sqlite'): rows.append(_killed(store, files, config, place, whole, chance, 4 if quick else 25))
         rows.append(_merged(files, config, place, whole, chance, 3 if quick else 12))
     finally: shutil.rmtree(place)

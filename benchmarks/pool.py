@@ -1,6 +1,6 @@
 """The mixed pool beside its peers: the same records, shuffled, in batches of 1,024.
 
-    python -m benchmarks.pool                     # everything: about ten minutes, 4 GB of temporary disk
+    python -m benchmarks.pool                     # everything: about nine minutes, 5 GB of temporary disk
     python -m benchmarks.pool --quick             # the same measures, small
     python -m benchmarks.pool --only stream       # one of: stream memory latency mixing resume
 
@@ -18,20 +18,17 @@ import os
 
 for _name in ('NUMBA_NUM_THREADS', 'OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ.setdefault(_name, '1')
 
-import argparse
 import itertools
 import multiprocessing
 import statistics
-import tempfile
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks._harness import Row, machine, save, say, show
+from benchmarks._harness import Row, run, say
 from benchmarks._pool_peers import CELLS, PEERS, RECORD, consume, import_peer
 from datatools.core import peak_rss_bytes
 from datatools.pool.codecs import RecordCodec
@@ -304,20 +301,4 @@ def _resumed(directory, options, ranks, workers, stop):
 SECTIONS = dict(stream=stream, memory=memory, latency=latency, mixing=mixing, resume=resume)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--only', choices=SECTIONS)
-    parser.add_argument('--quick', action='store_true')
-    wanted = parser.parse_args()
-    facts, rows = machine(), []
-    for name, section in SECTIONS.items():
-        if wanted.only not in (None, name): continue
-        say(name)
-        with tempfile.TemporaryDirectory(prefix=f'pool-{name}-') as place: rows += section(Path(place), wanted.quick)
-    show(rows, facts)
-    save('pool', rows, facts)
-    missed = [f'{row.measure}: {row.who.strip()}, {row.target}' for row in rows if row.met is False]
-    print(f'\n{sum(row.met is True for row in rows)} targets met, {len(missed)} missed', *missed, sep='\n  missed: ' if missed else '\n')
-
-
-if __name__ == '__main__': main()
+if __name__ == '__main__': run('pool', __doc__, SECTIONS)

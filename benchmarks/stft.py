@@ -27,7 +27,6 @@ import os
 for _name in ('NUMBA_NUM_THREADS', 'OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ.setdefault(_name, '1')
 os.environ.setdefault('PYTHONWARNINGS', 'ignore:resource_tracker')  # Python's helper process tells of semaphores of the processes that **kill** has killed
 
-import argparse
 import hashlib
 import mmap
 import multiprocessing
@@ -35,12 +34,9 @@ import random
 import shutil
 import signal
 import statistics
-import sys
-import tempfile
 import time
 import warnings
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -51,10 +47,10 @@ import soundfile
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks._harness import Row, Times, in_turns, machine, save, say, show
+from benchmarks._harness import Row, Times, in_turns, run, say
 from benchmarks._peers import PEERS, WORKERS, import_peer
 from datatools.stft.dataset import PrecomputedSTFTDataset
-from datatools.stft.loader import make_loader
+from datatools.loader import make_loader
 from datatools.stft.precompute import PrecomputeOptions, precompute
 from datatools.stft.records import encode_record
 from datatools.stft.store import StoreWriter, _freed_memory_kept, item_offsets, open_store
@@ -245,7 +241,7 @@ def loader(place, quick):
         items = kind.items(100 if quick else 400)
         path = write_store(place / kind.name, items)
         found = apart(_ring, path, items.count, kind, 5 if quick else 11)
-        ours, measure = found[1].median, found[0].measure
+        measure = found[0].measure
         rows += found
         for name in PEERS:
             try: seconds, paired = apart(_peer, name, place / 'peer', path, items.count, kind, 3 if quick else 5, patience=60 if quick else 180)
@@ -501,22 +497,4 @@ def _killed(place, audio, workers, times):
 MEASURES = dict(open=opening, batches=batches, loader=loader, cold=cold, write=writing, precompute=precomputing, kill=kills)
 
 
-def main():
-    parser = argparse.ArgumentParser(prog='python -m benchmarks.stft', description=__doc__.partition('\n')[0], allow_abbrev=False)
-    parser.add_argument('--quick', action='store_true', help='few items and few rounds')
-    parser.add_argument('--only', action='append', choices=MEASURES, metavar='NAME', help=f'one of {", ".join(MEASURES)}; may be given several times')
-    parser.add_argument('--place', type=Path, help='folder for temporary files, some 2 GB, on the disk to be measured; the system\'s by default')
-    options = parser.parse_args()
-    facts, rows = machine(), []
-    say(f'{facts["cpu"]}, {facts["cores"]} cores, load {facts["load"]}')
-    for name in options.only or MEASURES:
-        say(name)
-        with tempfile.TemporaryDirectory(prefix=f'stft-{name}-', dir=options.place) as place: rows += MEASURES[name](Path(place), options.quick)
-    show(rows, facts)
-    for name, reason in LEFT_OUT.items(): print(f'left out: {name}: {reason}')
-    save('stft', rows, facts)
-    missed = [row for row in rows if row.met is False]
-    print(f'\n{sum(row.met is True for row in rows)} targets met, {len(missed)} missed' + ''.join(f'\n  missed: {row.measure}: {row.who}, {row.target}' for row in missed))
-
-
-if __name__ == '__main__': main()
+if __name__ == '__main__': run('stft', __doc__, MEASURES, lambda: LEFT_OUT)

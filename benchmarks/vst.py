@@ -54,7 +54,7 @@ from datatools.vst.config import GenerateConfig, chunk_sizes
 from datatools.vst.features import MelSpectrogram, integrated_loudness
 from datatools.vst.generate import BLOCK, Draw, chunk_layout, chunk_path, describe, draw, judge, partial_path, plan, render_block
 from datatools.vst.host import load_instrument, midi_messages, parameter_facts
-from datatools.vst.isolation import ForkIsolation, NoIsolation
+from datatools.vst.isolation import ForkIsolation
 from datatools.vst.params import draft_spec
 from datatools.vst.reader import ChunkedDatasetReader
 
@@ -210,7 +210,7 @@ def our_stages(job, number):
     config, layout, stages = job.config, chunk_layout(job, number), Stages()
     instrument = load_instrument(config.plugin_path)
     shape = SECONDS, RATE, CHANNELS
-    here, forked = NoIsolation(instrument, *shape), ForkIsolation(instrument, *shape)
+    forked = ForkIsolation(instrument, *shape)
     mel, path = MelSpectrogram(RATE), Path(config.output_dir) / 'stages.h5'
     forked.render(*drawn_values(draw(job, 0, 0)))
     part = stages.run('write', PartialChunk.create, partial_path(path), layout, job.hash)

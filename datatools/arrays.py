@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAGIC', 'VERSION', 'HEAD', 'ALIGNMENT', 'BLOCK_BYTES', 'narrow_counts', 'ArrayWriter', 'array_writer', 'write_arrays',
-           'ArrayFile']
+           'ArrayFile', 'join_arrays']
 
 # %% ../nbs/03_arrays.ipynb #080fdf77
 import json
@@ -207,9 +207,46 @@ def rows(self:ArrayFile,
 
 
 @patch
+def blocks(self:ArrayFile,
+    name:str,  # of an array
+):             # yields all rows in order, some MiB at a time
+    "Read an array once; raises `FormatError` after the last block if the checksum does not match"
+    checksum, length, step = 0, self._entries[name]['shape'][0], max(1, BLOCK_BYTES // max(1, self[name][:1].nbytes))
+    for start in range(0, length, step):
+        block = self.rows(name, start, start + step)
+        checksum = zlib.crc32(block.data, checksum)
+        yield block
+    if checksum != self._entries[name]['crc32']: raise FormatError(f'{self.path} is damaged: the checksum of array {name!r} does not match.')
+
+
+@patch
 def verify(self:ArrayFile):
     "Read every array once; raises `FormatError` where a checksum does not match"
-    for name, entry in self._entries.items():
-        checksum, length, step = 0, entry['shape'][0], max(1, BLOCK_BYTES // max(1, self[name][:1].nbytes))
-        for start in range(0, length, step): checksum = zlib.crc32(self.rows(name, start, start + step).data, checksum)
-        if checksum != entry['crc32']: raise FormatError(f'{self.path} is damaged: the checksum of array {name!r} does not match.')
+    for name in self:
+        for _ in self.blocks(name): pass
+
+# %% ../nbs/03_arrays.ipynb #4eb7b2a0
+class _Joined:
+    "The arrays of one name in several files, one behind the other: a column that is there already"
+    def __init__(self, name, files):
+        self.name, self.files = name, [file for file in files if name in file]
+        entries = [file._entries[name] for file in self.files]
+        (self.dtype, *others), shapes = sorted({np.dtype(entry['dtype']) for entry in entries}, key=lambda dtype: -dtype.itemsize), {(*entry['shape'][1:],) for entry in entries}
+        if len(shapes) > 1 or others and {self.dtype, *others} != {np.dtype('<u4'), np.dtype('<u8')}:
+            raise bad_value(name, [(entry['dtype'], entry['shape']) for entry in entries], 'rows of one dtype and shape in all files')
+        self.rows, (self.row_shape,) = sum(entry['shape'][0] for entry in entries), shapes
+
+    def blocks(self):
+        for file in self.files:
+            for block in file.blocks(self.name): yield block.astype(self.dtype, copy=False).data
+
+
+def join_arrays(
+    path,   # file to write
+    files,  # `ArrayFile`s in order; kind and header are those of the first, and not every one has every array
+):
+    "Write one array file of several, atomically; counts become uint64 if they are so in one file. Raises `FormatError` where a checksum does not match"
+    with atomic_write(path, 'w+b') as file:
+        writer = ArrayWriter(None)
+        writer._columns = {name: _Joined(name, files) for name in sorted({name for each in files for name in each})}
+        writer._write(file, files[0].kind, files[0].header)

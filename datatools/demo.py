@@ -10,7 +10,7 @@ __all__ = ['SIZES', 'QUICK_SIZES', 'SAMPLE_RATE', 'SECONDS', 'WINDOW', 'BOARD_SI
            'train_listener', 'play_positions', 'position_streams', 'report_mixture', 'train_player', 'Stage',
            'result_of', 'Timings', 'run_stages', 'claim', 'run_demo', 'demo']
 
-# %% ../nbs/92_demo.ipynb #07561116
+# %% ../nbs/92_demo.ipynb #8931f634
 import io
 import json
 import multiprocessing
@@ -24,7 +24,7 @@ from typing import Annotated, Callable, NamedTuple, Optional
 
 import typer
 
-from .console import Group, Json, Seed, Workers, clear_errors, echo, existing, shared, show
+from .console import Group, Json, Seed, Workers, clear_errors, echo, path_here, shared, show
 from .core import (DatatoolsError, FormatError, Manifest, atomic_write, bad_value, clean_temporaries, config_hash, file_lock, hash_file,
                             read_json, seed_for, write_json)
 from .jobs import deaf_children, call, die_with_parent
@@ -102,8 +102,9 @@ def train_groove(
     "Count a groove model in shards, merge them, and see how well it foresees what it has not seen"
     from datatools.groove.__main__ import readable
     from datatools.groove.events import GrooveConfig
+    from datatools.groove.files import FileList
     from datatools.groove.model import GrooveModel
-    from datatools.groove.train import FileList, Run, merge_files, train_model
+    from datatools.groove.train import Run, merge_files, train_model
     base, split = settings.midi or drums/'loops', read_json(drums/'split.json')
     train, config = FileList(split['train'], base), GrooveConfig(min_bytes=0, min_notes=1, aux_key='style')
     parts = [folder/f'shard-{number}-of-{SHARDS}.groove' for number in range(SHARDS)]
@@ -285,7 +286,7 @@ def train_listener(
     import torch
     from datatools.pool.network import load_checkpoint, save_checkpoint
     from datatools.stft.dataset import PrecomputedSTFTDataset
-    from datatools.stft.loader import make_loader
+    from datatools.loader import make_loader
     from datatools.stft.transform import one_thread
     count, epochs, history = len([*rhythms.glob('*.mid')]), settings.sizes['listener_epochs'], []
     net = make_listener(count, settings.part('listener'))
@@ -329,7 +330,7 @@ def position_streams(
 ) -> tuple:           # the training and the validation dataset
     "Streams that are mixed in a pool; whole games are put aside"
     from datatools.pool.__main__ import shard_directories
-    from datatools.pool.training import create_datasets
+    from datatools.pool.trainer import create_datasets
     return create_datasets(shard_directories([positions]), batch_size=BATCH, pool_size=POOL, random_seed=settings.part('stream'), max_validation_examples=8 * BATCH)
 
 
@@ -355,7 +356,8 @@ def train_player(
 ) -> dict:            # amount, policy_accuracy, chance, wins, wins_untrained, history
     "Train the net that plays Hex, and let it play against chance"
     from datatools.pool.network import make_network, save_network, wins_against_random
-    from datatools.pool.training import TrainingSettings, train
+    from datatools.pool.trainer import TrainingSettings
+    from datatools.pool.training import train
     from datatools.stft.transform import one_thread
     training, validation = position_streams(settings, positions)
     net = make_network('16x2', BOARD_SIZE, settings.part('player'))
@@ -547,7 +549,7 @@ Quick = Annotated[bool, typer.Option('--quick', help='Very small: shows that eve
 
 @app.command(help=app.info.help)
 def demo(
-    output_dir:Annotated[Path, shared('--output-dir', '--out')] = Path('demo'),
+    output_dir:Annotated[Path, shared('--output-dir', '--out', parser=path_here)] = Path('demo'),
     midi:Midi = None,
     plugin:Plugin = 'builtin',
     quick:Quick = False,

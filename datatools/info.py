@@ -6,9 +6,10 @@
 __all__ = ['FORMATS', 'ARRAYS', 'LAYOUTS', 'YAML', 'MOST_INSIDE', 'MOST_NAMED', 'KNOWN', 'app', 'recognise', 'Finding',
            'describe', 'info_command']
 
-# %% ../nbs/91_info.ipynb #1c65b44d
+# %% ../nbs/91_info.ipynb #d7852f41
 import html
 import json
+import shlex
 import struct
 import zipfile
 from dataclasses import asdict, dataclass, field
@@ -19,8 +20,9 @@ from typing import Annotated
 import typer
 from fastcore.basics import patch
 
-from .console import Group, Json, echo, existing, for_people, show
+from .console import Group, Json, clear_errors, echo, existing, for_people, show
 from .core import DatatoolsError, FormatError, Manifest, UsageError, human_bytes, read_json
+from .remote import is_url, local_copy
 
 # %% ../nbs/91_info.ipynb #d44454d4
 FORMATS = {  # in a manifest: (who knows, kind)
@@ -150,17 +152,35 @@ def _repr_html_(self:Finding):
     body = ''.join(f'<tr><th style="text-align:left">{name}</th><td style="text-align:left">{value}</td></tr>' for name, value in rows)
     return f'<table><caption>{html.escape(self.path)}: {html.escape(self.kind)}</caption>{body}</table>'
 
-# %% ../nbs/91_info.ipynb #41bf1621
+# %% ../nbs/91_info.ipynb #8cb61ba6
+@patch
+def at(self:Finding,
+    copy:str,  # path that was looked at
+    url:str,   # of which it is a copy
+):             # `Finding`
+    "The same with the name of the place where the thing is"
+    def named(value):
+        if isinstance(value, dict): return {key: named(each) for key, each in value.items()}
+        if isinstance(value, list): return [named(each) for each in value]
+        return value.replace(copy, url) if isinstance(value, str) else value
+    return Finding(**named(vars(self)))
+
+# %% ../nbs/91_info.ipynb #c5c2473d
 def describe(
-    path,               # file or directory
+    path,               # file or directory; what is at a URL is copied to this disk, where readers will find it
     verify:bool=False,  # read everything and compare checksums, too
 )->Finding:
     "What a file or directory is, whether it is whole, and how to read it or go on with it; raises `UsageError` where nothing is known of it"
+    if is_url(path): return describe(copy := local_copy(path), verify).at(str(copy), path.rstrip('/'))
     path = Path(path)
     if not path.exists(): raise UsageError(f"PATH='{path}' is not allowed: it must be a file or directory that exists.")
     found = recognise(path)
     if found is None: raise UsageError(f'{path} is not recognised. These are: {", ".join(KNOWN)}.')
-    wing, kind = found
+    return _finding(path, *found, verify)
+
+
+def _finding(path, wing, kind, verify):
+    "What is known of something that was recognised"
     try: told = import_module(f'datatools.{wing}.describe').describe(path, kind, verify) if wing else _PLAIN[kind](path, verify)
     except UsageError: raise
     except (DatatoolsError, OSError, zipfile.BadZipFile) as error: told = dict(damaged=[str(error)])
@@ -175,7 +195,7 @@ def _size(path):
     files = [path] if path.is_file() else [each for each in path.rglob('*') if each.is_file()]
     return sum(each.stat().st_size for each in files)
 
-# %% ../nbs/91_info.ipynb #e4239ee2
+# %% ../nbs/91_info.ipynb #ba11f3c4
 def _array(path, verify):
     from datatools.arrays import ArrayFile
     file = ArrayFile(path)
@@ -184,29 +204,26 @@ def _array(path, verify):
 
 
 def _ledger(path, verify):
-    done, failed, torn, damaged = set(), set(), [], []
-    with open(path, 'rb') as file:
-        for number, line in enumerate(file, 1):
-            try: entry = json.loads(line) if line.endswith(b'\n') else None
-            except ValueError: entry = None
-            if entry is None and line.endswith(b'\n'): damaged.append(f'line {number} is damaged')
-            elif entry is None: torn.append(f'line {number} is torn: the job was killed there; resuming does its task again')
-            elif number > 1: (done if 'value' in entry else failed).add(entry['key'])
-    return dict(facts=dict(tasks_done=len(done), tasks_failed=len(failed - done)), unfinished=torn, damaged=damaged,
-        read=f"import json\nentries = [json.loads(line) for line in open({str(path)!r})][1:]")
+    from datatools.ledger import read_ledger
+    found = read_ledger(path)
+    return dict(facts=dict(tasks_done=len(found.finished), tasks_failed=len(found.failed)), damaged=[f'line {number} is damaged' for number in found.damaged],
+        unfinished=['the last line is torn: the job was killed there; resuming does its task again'] if found.torn else [],
+        read=f"from datatools.ledger import read_ledger\ncontent = read_ledger({str(path)!r})")
 
 
 def _folder(path, verify):
-    findings = [describe(each, verify) for each in sorted(path.iterdir())[:MOST_INSIDE] if not each.name.startswith('.') and recognise(each)]
+    findings = [_finding(each, *found, verify) for each in sorted(path.iterdir())[:MOST_INSIDE] if not each.name.startswith('.') and (found := recognise(each))]
     return dict(facts={Path(each.path).name: f'{each.kind}, {each.state}, {human_bytes(each.bytes)}' for each in findings},
         unfinished=[f'{each.path}: {said}' for each in findings for said in each.unfinished], damaged=[f'{each.path}: {said}' for each in findings for said in each.damaged],
         read=f"from datatools.info import describe\nfound = describe({str(path)!r})")
 
 
 def _demo(path, verify):
-    complete = Manifest.open(path)['complete']
+    manifest = Manifest.open(path)
+    complete, config = manifest['complete'], manifest['config']
+    words = ['datatools', 'demo', '--output-dir', path, '--seed', config['seed'], '--plugin', config['plugin'], *['--quick'] * config['quick'], *['--midi', 'DIR'] * (config['drums'] != 'made here')]
     told = _folder(path, verify)
-    return dict(told, unfinished=told['unfinished'] + ([] if complete else ['the demo has not ended']), resume='' if complete else f'datatools demo --output-dir {path}',
+    return dict(told, unfinished=told['unfinished'] + ([] if complete else ['the demo has not ended']), resume='' if complete else shlex.join(map(str, words)),
         read=f"import webbrowser\nwebbrowser.open({(path/'index.html').absolute().as_uri()!r})")
 
 
@@ -218,11 +235,11 @@ app = typer.Typer(cls=Group, add_completion=False, pretty_exceptions_enable=Fals
 
 @app.command('info')
 def info_command(
-    path:Annotated[Path, typer.Argument(metavar='PATH', callback=existing, help='File or directory.')],
+    path:Annotated[str, typer.Argument(metavar='PATH', callback=existing, help='File or directory, here or at a URL.')],
     verify:Annotated[bool, typer.Option('--verify', help='Read everything and compare checksums, too.')] = False,
     as_json:Json = False,
 ):
     "Say what a file or directory is, whether it is whole, and how to read it or go on with it."
-    found = describe(path, verify)
+    with clear_errors(options=dict(url='PATH')): found = describe(path, verify)
     show(found.as_dict(), True) if as_json else echo(str(found))
     raise typer.Exit(0 if found.whole else 1)

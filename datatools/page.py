@@ -104,12 +104,14 @@ def section(
     "A part of the page"
     return f'<section><h2>{escape(title)}</h2><p>{escape(text)}</p>{"".join(parts)}</section>'
 
-# %% ../nbs/93_page.ipynb #ae95c93d
+# %% ../nbs/93_page.ipynb #ae0ee32d
 def _surprise(groove: dict):
     "Bits per onset of the model and of simpler ones"
     import matplotlib.pyplot as plt
+    from datatools.groove.events import GrooveConfig
     figure, axis = plt.subplots(figsize=(7, 1.5))
-    bars = {'all 153 events alike': np.log2(153), 'how often each occurs': groove['bits_without_context'], 'this model': groove['bits_per_onset']}
+    events = GrooveConfig().vocabulary
+    bars = {f'all {events} events alike': np.log2(events), 'how often each occurs': groove['bits_without_context'], 'this model': groove['bits_per_onset']}
     axis.barh([*bars], [*bars.values()], color=[GREY, GREY, BLUE], height=.6)
     for row, bits in enumerate(bars.values()): axis.text(bits + .08, row, f'{bits:.2f}', va='center')
     axis.invert_yaxis()
@@ -131,7 +133,7 @@ def _roll(part):
     axis.tick_params(length=0)
     return figure
 
-
+# %% ../nbs/93_page.ipynb #46e3da29
 def groove_section(
     out: Path,      # folder of the demo
     results: dict,  # of the stages, by name
@@ -216,7 +218,7 @@ def listener_section(
     caption = 'Sounds that were held out: right answers after each epoch, and what was taken for what at the end'
     return section('A net that hears which groove it is', text, figure(figure_svg(_listening, listener), caption))
 
-# %% ../nbs/93_page.ipynb #ab714fa7
+# %% ../nbs/93_page.ipynb #0e31feb8
 def mixture_section(
     out: Path,      # folder of the demo
     results: dict,  # of the stages, by name
@@ -232,7 +234,7 @@ def mixture_section(
     return section('Positions, mixed as they are read', text, figure((out/'mixture/mixture.svg').read_text(encoding='utf-8'), caption),
                    f'<details><summary>The figures of the report</summary>{report}</details>')
 
-
+# %% ../nbs/93_page.ipynb #cffcc40c
 def _playing(player: dict):
     "Accuracy of moves and winners over the steps"
     import matplotlib.pyplot as plt
@@ -299,7 +301,7 @@ def throughput_section(
     return section('What took how long', text, table(['stage', 'what was done', 'amount', 'of', 'seconds', 'per second', 'on disk'], rows),
                    f'<p>Everything is in the folder of this page. To look closer, from there:</p><pre>{escape(commands)}</pre>')
 
-# %% ../nbs/93_page.ipynb #89d9a08f
+# %% ../nbs/93_page.ipynb #1685eeec
 CSS = """
 :root { color-scheme: light dark; --ink: #1f2430; --soft: #5a6372; --ground: #fbfaf7; --card: #ffffff; --line: #e3e0d8; --accent: #2f6fae }
 @media (prefers-color-scheme: dark) {
@@ -334,7 +336,7 @@ summary { cursor: pointer; color: var(--accent) }
 footer { color: var(--soft); font-size: .88rem; margin-top: 3rem }
 """
 
-
+# %% ../nbs/93_page.ipynb #5660887e
 def head_of(
     settings,       # `DemoSettings`
     results: dict,  # of the stages, by name

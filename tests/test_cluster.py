@@ -1,6 +1,7 @@
 """Jobs on a Dask cluster: a real scheduler and real workers on this machine, which are killed, stopped and started again."""
 import hashlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -8,20 +9,25 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import cloudpickle
 import numpy as np
 import psutil
 import pytest
 import soundfile
 import yaml
-from distributed import Client
+from distributed import Client, LocalCluster
 from test_pool_legacy import game, write
 
 from datatools import cluster as cluster_module
-from datatools.core import DatatoolsError, LockedError, rng_for
+from datatools.cluster import DaskEngine
+from datatools.core import DatatoolsError, LockedError, file_lock, read_json, rng_for, write_json
 from datatools.groove.events import GrooveConfig
-from datatools.groove.train import FileList, Run, train_model
+from datatools.groove.files import FileList
+from datatools.groove.train import Run, train_model
 from datatools.jobs import run_tasks
 from datatools.pool.hex import HexCodec
 from datatools.pool.legacy import convert
@@ -57,18 +63,24 @@ class Cluster:
 
     def start(self, workers: int):
         self.run('scheduler', '--host', '127.0.0.1', '--port', self.port, '--no-dashboard')
-        for _ in range(workers): self.run('worker', self.address, '--nthreads', 1, '--no-dashboard', '--death-timeout', 30, '--local-directory', self.folder)
+        for _ in range(workers): self.worker()
 
-    def run(self, *arguments):
-        environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    def worker(self, *options, threads: int = 1, path: Path = ROOT):
+        return self.run('worker', self.address, '--nthreads', threads, '--no-dashboard', '--death-timeout', 30, '--local-directory', self.folder, *options, path=path)
+
+    def run(self, *arguments, path: Path = ROOT):
+        environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(path), str(ROOT)]))
         with open(self.folder/'log', 'ab') as log:
             self.processes.append(subprocess.Popen([sys.executable, '-m', 'dask', *map(str, arguments)], cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True))
+        return self.processes[-1]
 
-    def stop(self):
-        for process in self.processes:
-            os.killpg(process.pid, signal.SIGKILL)
+    def stop(self, *processes):
+        "Kill these, or all"
+        for process in processes or [*self.processes]:
+            try: os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError: pass  # it has left by itself
             process.wait()
-        self.processes.clear()
+            self.processes.remove(process)
 
 
 @pytest.fixture(scope='module')
@@ -87,6 +99,33 @@ def client(cluster):
 
 def workers_of(client) -> list: return [*client.run(os.getpid).values()]
 def known(client) -> int: return client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks))
+def beside(worker: int) -> set: return {child.pid for child in psutil.Process(worker).children()}
+
+
+SLOW_DISK = """
+import os, time
+def late(name):
+    call = getattr(os, name)
+    def slow(*arguments, **options):
+        time.sleep(.2)
+        with open({log!r}, 'a') as log: log.write(f'{{time.time()}} {{name}} {{arguments[-1]}}\\n')
+        return call(*arguments, **options)
+    setattr(os, name, slow)
+for name in ('fsync', 'rename', 'replace'): late(name)
+"""
+
+
+@pytest.fixture
+def slow(cluster, client, tmp_path_factory):
+    "A third worker, whose disk is slow and which has the resource `slow`: the file in which each of its writes is noted, and the process number of the worker"
+    folder = tmp_path_factory.mktemp('slow')
+    (folder/'sitecustomize.py').write_text(SLOW_DISK.format(log=str(folder/'log')))
+    started = cluster.worker('--name', folder.name, '--resources', 'slow=1', path=folder)
+    def number(): return {fact['name']: client.run(os.getpid, workers=[address])[address] for address, fact in client.scheduler_info(-1)['workers'].items()}.get(folder.name)
+    wait_until(number, 60)
+    yield folder/'log', number()
+    cluster.stop(started)
+    wait_until(lambda: len(client.ncores()) == 2)
 
 
 # The four tools, with something small to do each.
@@ -197,6 +236,18 @@ def test_a_worker_that_stands_still(inputs, client, alone, tmp_path):
     assert content(tmp_path) == alone('games')
 
 
+def test_a_worker_with_a_slow_disk(inputs, client, alone, slow, tmp_path):
+    "It does what it can, the others go on meanwhile, and the bytes are the same."
+    log, _ = slow
+    games(inputs, tmp_path, client)
+    assert content(tmp_path) == alone('games')
+    log.write_text('')
+    results = run_tasks(write_json, [(str(number), (tmp_path/f'{number}.json', number)) for number in range(300)], engine=client)
+    assert [result.error for result in results] == [None] * 300
+    assert [read_json(tmp_path/f'{number}.json') for number in range(300)] == [*range(300)]
+    assert 0 < sum(' replace ' in line for line in log.read_text().splitlines()) < 12  # with those before the first slow one only it would be 300 / 12
+
+
 def test_few_tasks_are_with_the_scheduler(client):
     "Of a million tasks only those go there that there is room for, and when the job is left none stays."
     results, most = run_tasks(square, ((str(number), (number,)) for number in range(1_000_000)), engine=client), 0
@@ -219,6 +270,101 @@ def test_an_interrupted_job_gives_the_workers_back(client):
     results.close()
     wait_until(lambda: not busy <= processes(), 10)
     assert [result.value for result in run_tasks(square, [(str(number), (number,)) for number in range(8)], engine=client)] == [number ** 2 for number in range(8)]
+
+
+def test_resources_that_no_worker_has(request, client, caplog, monkeypatch):
+    "It is said what is missing; when it comes, only the workers that have it do the work."
+    monkeypatch.setattr(cluster_module, 'PATIENCE', .1)
+    engine, done = DaskEngine(client=client, resources={'slow': 1}), []
+    job = threading.Thread(daemon=True, target=lambda: done.extend(run_tasks(os.getppid, [(str(number), ()) for number in range(4)], engine=engine)))
+    job.start()
+    wait_until(lambda: "no workers with {'slow': 1}" in caplog.text and 'dask worker' in caplog.text and '--resources "slow=1"' in caplog.text)
+    assert job.is_alive() and engine.workers == 1
+    _, worker = request.getfixturevalue('slow')
+    job.join(60)
+    assert [result.value for result in done] == [worker] * 4
+
+
+def test_resources_on_the_command_line(cluster, slow, tmp_path):
+    "One of three workers has them, the one whose writes are noted."
+    job = command('pool', 'make-shards', '--games', 10, '--board-size', 5, '-o', tmp_path/'played', '--scheduler', cluster.address, '--resources', 'slow=1', folder=tmp_path)
+    _, said = job.communicate(timeout=100)
+    assert job.returncode == 0, said
+    shards = [path for path in tmp_path.rglob('*.records')]
+    assert shards and all(path.name in slow[0].read_text() for path in shards)
+
+
+@pytest.fixture
+def by_value():
+    "Functions of this file travel whole: workers cannot import it."
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def long_beside(worker: int, mark: Path):
+    "A task that takes a minute beside one worker and no time beside others"
+    if os.getppid() == worker:
+        mark.touch()
+        time.sleep(60)
+
+
+def test_a_worker_is_retired_in_the_middle_of_a_task(client, slow, by_value, tmp_path):
+    "Another one does its task, and what it has started ends with it, at once."
+    _, worker = slow
+    address, = [address for address, number in client.run(os.getpid).items() if number == worker]
+    with ThreadPoolExecutor(1) as job:
+        done = job.submit(list, run_tasks(long_beside, [(str(number), (worker, tmp_path/'begun')) for number in range(12)], engine=client))
+        wait_until((tmp_path/'begun').exists)
+        processes = beside(worker)
+        client.retire_workers([address], close_workers=True)
+        wait_until(lambda: not any(psutil.pid_exists(process) for process in (worker, *processes)), 10)
+        assert processes and [(result.error, result.attempts) for result in done.result(60)] == [(None, 1)] * 12
+
+
+def test_a_shard_waits_for_an_attempt_that_was_given_up(inputs, tmp_path):
+    "The scheduler has another worker begin before the first one has heard that it shall end."
+    config, options = STFTConfig(8000, 256, 128), PrecomputeOptions(workers=0, show_progress=False)
+    (tmp_path/'made/.shard-0000').mkdir(parents=True)
+    with ThreadPoolExecutor(1) as second:
+        with file_lock(tmp_path/'made/.shard-0000/.lock'):
+            made = second.submit(precompute, inputs/'audio/1.wav', tmp_path/'made', config, 0, options=options, shards=1)
+            time.sleep(.5)
+            assert not made.done()
+        assert made.result(60)['train']['files'] == 1
+
+
+def test_a_cluster_that_scales_by_itself():
+    "Workers come when there are tasks, leave while tasks run, and are gone when there are none."
+    with LocalCluster(n_workers=0, threads_per_worker=1, dashboard_address=':0', silence_logs=logging.CRITICAL) as cluster, Client(cluster, set_as_default=False) as client:
+        cluster.adapt(minimum=0, maximum=2, interval='100ms', target_duration='200ms')
+        engine, seen, pids = DaskEngine(client=client), [], set()
+        for number, result in enumerate(run_tasks(sleep_for, [(str(number), (.2 + number / 1000,)) for number in range(20)], engine=engine)):
+            assert result.value == .2 + number / 1000 and result.attempts == 1
+            seen.append(engine.workers)
+            if max(seen) == 2 and not pids:
+                pids = set(workers_of(client))
+                cluster.adapt(minimum=0, maximum=1, interval='100ms', wait_count=1)  # one has to leave, whatever it is at
+        assert number == 19 and seen[-1] == 1 < max(seen) == 2 == len(pids)
+        wait_until(lambda: not client.ncores() and not any(psutil.pid_exists(number) for number in pids))
+
+
+def kill_parent(number: int, guilty=()):
+    "Kill the worker beside which this process runs"
+    time.sleep(.4 if number in guilty else .02)  # a nanny that has only just started its worker might give up
+    if number in guilty: os.kill(os.getppid(), signal.SIGKILL)
+    return number
+
+
+def test_a_task_that_kills_its_worker(client, by_value):
+    "Each time, whatever worker the nanny starts: it has crashed, and all those that came before it are done."
+    def allow(failures): client.run_on_scheduler(lambda dask_scheduler: setattr(dask_scheduler, 'allowed_failures', failures))
+    allow(1)
+    try: results = [*run_tasks(partial(kill_parent, guilty=[23]), [(str(number), (number,)) for number in range(24)], engine=client)]
+    finally: allow(3)
+    assert [result.value for result in results] == [None if number == 23 else number for number in range(24)]
+    assert (results[23].error.kind, results[23].attempts) == ('crash', 2)
+    assert '2 workers that tried were lost' in results[23].error.message
 
 
 def command(*arguments, folder, **options):
@@ -264,6 +410,26 @@ def test_a_scheduler_that_is_killed(inputs, tmp_path, caplog, monkeypatch):
     assert all(made[name] == finished[name] for name in finished if name.endswith('.h5'))
 
 
+@pytest.mark.parametrize('function, timeout, kind', [(os._exit, None, 'crash'), (sleep_for, .2, 'timeout')])
+def test_workers_end_by_themselves_after_a_crash(function, timeout, kind, capfd):
+    "Though the process beside one was started anew: none waits for it until its nanny kills it."
+    failed, = run_tasks(function, [('a', (3,))], retries=1, engine=DaskEngine(2, timeout))
+    assert (failed.error.kind, failed.attempts) == (kind, 2)
+    said = capfd.readouterr().err
+    assert 'still alive' not in said and 'Traceback' not in said, said
+
+
+def test_the_environment_of_tasks_and_of_the_program(client, monkeypatch):
+    "A task does not give every freed array back to the system, as Dask has its workers do; a cluster that is started here does not limit the threads of whatever this program starts later."
+    assert {*client.run(os.getenv, 'MALLOC_TRIM_THRESHOLD_', nanny=True).values()} != {None}  # by Dask, on the way to its workers
+    monkeypatch.delenv('MALLOC_TRIM_THRESHOLD_', raising=False)
+    before = {*os.environ}
+    for engine in client, DaskEngine(1):
+        result, = run_tasks(os.getenv, [('a', ('MALLOC_TRIM_THRESHOLD_',))], engine=engine)
+        assert (result.value, result.error) == (None, None)
+    assert not {'MALLOC_TRIM_THRESHOLD_', 'OMP_NUM_THREADS', 'MKL_NUM_THREADS'} & ({*os.environ} - before)
+
+
 # The command line, and what is not there
 
 def test_a_cluster_of_this_machine(tmp_path):
@@ -272,7 +438,7 @@ def test_a_cluster_of_this_machine(tmp_path):
     assert job.returncode == 0 and said.count('Dashboard of the cluster: http://') == 1, said
     make_shards(tmp_path/'alone/played', [GameSource(name, 10, *rest) for name, *rest in (('random', 0.), ('mixed', .5), ('strong', .95, 4))], HexCodec(5), show_progress=False)
     assert content(tmp_path/'played') == content(tmp_path/'alone/played')
-    left = [process for process in psutil.process_iter(['pid']) if psutil.pid_exists(process.pid) and _group(process.pid) == job.pid]
+    left = [process for process in psutil.process_iter(['pid', 'status']) if process.info['status'] != psutil.STATUS_ZOMBIE and _group(process.pid) == job.pid]
     assert not left
 
 

@@ -26,27 +26,27 @@ from datatools.stft.transform import STFTConfig
 RANK = '''
 import json, os, signal, sys, zlib
 from pathlib import Path
-from torch.utils.data import DataLoader, DistributedSampler, Subset
-from datatools.core import rng_for
 from datatools.pool.dataset import StreamingMixedShardDataset, make_loader as pool_loader
 from datatools.pool.network import make_network
-from datatools.pool.ranks import joined, place
+from datatools.loader import make_loader, place
+from datatools.pool.ranks import joined
 from datatools.pool import training
-from datatools.pool.training import Trainer, TrainingSettings, create_datasets, train
-from datatools.stft import PrecomputedSTFTDataset, ShardedSTFTDataset, make_loader
+from datatools.pool.trainer import Trainer, TrainingSettings, create_datasets
+from datatools.pool.training import train
+from datatools.stft import PrecomputedSTFTDataset, ShardedSTFTDataset
 from datatools.vst.reader import ChunkedDatasetReader
 
 here, part = Path(sys.argv[1]), sys.argv[2]
 
-def stft(dataset, workers, state, most):
+def read(dataset, workers, state, most, number='index', size=4):
     found = []
-    with make_loader(dataset, 4, workers, shuffle=True, seed=3, metadata=True) as loader:
+    with make_loader(dataset, size, workers, shuffle=True, seed=3, metadata=True) as loader:
         if state is not None: loader.load_state_dict(state)
         for batch in loader:
-            found.append([facts['index'] for facts in batch['metadata']])
+            found.append([facts[number] for facts in batch['metadata']])
             if len(found) == most: return found, loader.state_dict()
         loader.set_epoch(5)
-        return found, dict(later=[facts['index'] for batch in loader for facts in batch['metadata']])
+        return found, dict(later=[facts[number] for batch in loader for facts in batch['metadata']])
 
 def pool(state, most):
     found, loader = [], pool_loader(StreamingMixedShardDataset([here/'a', here/'b'], pool_size=300, random_seed=5, batch_size=16, enable_augmentation=False), 1)
@@ -55,15 +55,6 @@ def pool(state, most):
         found.append([zlib.crc32(board.numpy().tobytes() + move.numpy().tobytes()) for board, move in zip(batch['board'], batch['policy'])])
         if len(found) == most: break
     return found, loader.state_dict()
-
-def vst(state, most):
-    samples = ChunkedDatasetReader(here/'vst').torch(['midi_note'])
-    order = rng_for(1, 'epoch', 0).permutation(len(samples))
-    position = state or 0
-    rest = Subset(samples, order[position:].tolist())
-    loader = DataLoader(rest, 2, sampler=DistributedSampler(rest, shuffle=False))
-    found = [notes.tolist() for (notes,), _ in zip(loader, range(most))]
-    return found, min(position + len(found) * 2 * place()[1], len(samples))
 
 def learn(directory, resume, die_at=None):
     class Dying(Trainer):
@@ -79,9 +70,10 @@ with joined():
     rank, ranks = place()
     states = json.loads((here/'states.json').read_text()) if part == 'rest' else {}
     most = 10**9 if part == 'rest' else 3
-    found = dict(single=stft(PrecomputedSTFTDataset(here/'stores/train.lmdb'), 1, states.get('single'), most),
-                 sharded=stft(ShardedSTFTDataset(here/'shards'), 0, states.get('sharded'), most),
-                 pool=pool(states.get('pool'), most), vst=vst(states.get('vst'), most))
+    found = dict(single=read(PrecomputedSTFTDataset(here/'stores/train.lmdb'), 1, states.get('single'), most),
+                 sharded=read(ShardedSTFTDataset(here/'shards'), 0, states.get('sharded'), most),
+                 pool=pool(states.get('pool'), most),
+                 vst=read(ChunkedDatasetReader(here/'vst').arrays(['audio', 'midi_note']), 1, states.get('vst'), most, 'global_id', 2))
     (here/f'{part}-{rank}.json').write_text(json.dumps(found))
     if part == 'rest': learn('three', True)
     else:
@@ -122,7 +114,7 @@ def found(here, part, ranks, name): return [json.loads((here/f'{part}-{rank}.jso
 
 
 def everything(here, name):
-    if name == 'vst': return [30 + number for number in range(TOTAL)]
+    if name == 'vst': return [*range(TOTAL)]
     if name == 'pool':
         batches = StreamingMixedShardDataset([here/'a', here/'b'], pool_size=300, random_seed=0, batch_size=100, enable_augmentation=False)
         return sorted(zlib.crc32(board.numpy().tobytes() + move.numpy().tobytes()) for batch in batches for board, move in zip(batch['board'], batch['policy']))
@@ -152,7 +144,7 @@ def trained(directory):
     return checkpoint['model'], [json.loads(line) for line in (directory/'history.jsonl').read_text().splitlines()]
 
 
-def distance(one, other): return max(float((x.double() - y.double()).abs().max()) for x, y in zip(one.values(), other.values(), strict=True))
+def distances(one, other): return np.concatenate([(x.double() - y.double()).abs().flatten().numpy() for x, y in zip(one.values(), other.values(), strict=True)])
 
 
 def losses(history): return [[line[data]['loss'] for data in ('train', 'validation')] for line in history]
@@ -165,7 +157,8 @@ def test_two_ranks_learn_what_one_learns(here):
     assert [line['step'] for line in history] == [line['step'] for line in of_two] == [line['step'] for line in of_three]
     assert [line['rows'] for line in history] == [line['rows'] for line in of_two]
     assert np.allclose(losses(of_two), losses(history), rtol=1e-3) and np.allclose(losses(of_three), losses(history), rtol=1e-3)
-    assert distance(one, two) < 2e-3 and distance(one, three) < 2e-2  # AdamW makes steps of one size out of gradients that are nearly zero
+    for several in two, three:  # AdamW makes steps of one size out of gradients that are nearly zero, whose sign is a matter of rounding
+        assert np.quantile(distances(one, several), .99) < 1e-6 and distances(one, several).max() < 2e-2
 
 
 def test_a_killed_training_goes_on_to_the_same_bits(here):

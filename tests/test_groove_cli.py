@@ -22,10 +22,10 @@ from typer.testing import CliRunner
 from datatools.arrays import ArrayFile
 from datatools.cli import app as whole_app
 from datatools.groove.__main__ import app
-from datatools.groove.counts import read_order_shards
+from datatools.groove.files import Skip
 from datatools.groove.midi import read_drums
 from datatools.groove.model import GrooveModel
-from datatools.groove.train import Skip
+from datatools.groove.stores import read_order_shards
 from datatools.testing import write_drum_corpus
 
 ROOT = Path(__file__).resolve().parent.parent

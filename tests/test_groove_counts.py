@@ -16,8 +16,8 @@ from hypothesis import given, settings, strategies as st
 
 from datatools.arrays import ArrayFile, write_arrays
 from datatools.core import FormatError, LockedError, MemoryLimitError, UsageError
-from datatools.groove.counts import (KeyLayout, MemmapStore, MemoryStore, SqliteStore, Tally, fold_blocks, fold_order, merge_blocks,
-    merge_runs, ngram_keys, read_order_shards, sort_order, write_order_shards)
+from datatools.groove.counts import KeyLayout, Tally, fold_blocks, fold_order, merge_blocks, merge_runs, ngram_keys, sort_order
+from datatools.groove.stores import MemmapStore, MemoryStore, SqliteStore, read_order_shards, write_order_shards
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUTS = [KeyLayout((8, 8, 8)), KeyLayout((30, 20, 14)), KeyLayout((20, 20, 20, 20)), KeyLayout((32, 32, 32, 32))]  # one word, all of it, two words

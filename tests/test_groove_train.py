@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 
 from datatools.core import FormatError
 from datatools.groove.__main__ import app
-from datatools.groove.counts import KeyLayout, MemmapStore, read_order_shards
+from datatools.groove.counts import KeyLayout
+from datatools.groove.stores import MemmapStore, read_order_shards
 from datatools.testing import write_drum_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -225,13 +226,13 @@ def test_a_file_system_that_fills_up(corpus, tmp_path, store, kilobytes):
 # Whole processes: worker processes, Ctrl-C, two at once. Reading is slowed down so that there is time to interfere.
 SLOW = '''
 import sys, time
-from datatools.groove import train
-read = train.read_bytes
+from datatools.groove import files
+read = files.read_bytes
 
 def slow(path, least):
     time.sleep(float(sys.argv[1]))
     return read(path, least)
-train.read_bytes = slow
+files.read_bytes = slow
 
 if __name__ == '__main__':
     from datatools.groove.__main__ import app

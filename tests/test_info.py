@@ -1,5 +1,6 @@
 """`datatools info` on one of everything: whole, cut short, unfinished, and on what is nobody's."""
 import json
+import shlex
 import shutil
 import sqlite3
 from dataclasses import replace
@@ -200,10 +201,12 @@ def test_a_chunk_that_is_under_way(tmp_path):
 
 
 def test_a_demo(drums, tmp_path):
-    manifest = Manifest.create(tmp_path/'demo', 'datatools demo', 1, {})
+    asked = dict(seed=3, quick=True, sizes={}, drums='0123', plugin='/opt/my synth.vst3')
+    manifest = Manifest.create(tmp_path/'demo', 'datatools demo', 1, asked)
     shutil.copy(drums/'memory', tmp_path/'demo/drums.groove')
     found = info(tmp_path/'demo', 1)
-    assert found['unfinished'] == ['the demo has not ended'] and found['resume'].startswith('datatools demo --output-dir ') and 'groove model, whole' in found['facts']['drums.groove']
+    assert found['unfinished'] == ['the demo has not ended'] and 'groove model, whole' in found['facts']['drums.groove']
+    assert shlex.split(found['resume']) == ['datatools', 'demo', '--output-dir', str(tmp_path/'demo'), '--seed', '3', '--plugin', '/opt/my synth.vst3', '--quick', '--midi', 'DIR']
     manifest.update(complete=True)
     assert info(tmp_path/'demo')['kind'] == 'demo folder'
 
@@ -279,10 +282,10 @@ def test_a_hostile_pickle_is_not_run(tmp_path):
 
 def test_the_names_are_those_of_the_wings():
     from datatools.groove import model, train
-    from datatools.pool import shards as pool_shards, training, tuning
+    from datatools.pool import shards as pool_shards, trainer, tuning
     from datatools.stft import shards as stft_shards
     from datatools.vst import chunks
-    assert {pool_shards.FORMAT, pool_shards.PACKED_FORMAT, training.FORMAT, tuning.FORMAT, stft_shards.FORMAT, chunks.FORMAT} == {*FORMATS} - {'datatools demo'}
+    assert {pool_shards.FORMAT, pool_shards.PACKED_FORMAT, trainer.FORMAT, tuning.FORMAT, stft_shards.FORMAT, chunks.FORMAT} == {*FORMATS} - {'datatools demo'}
     assert {model.MODEL_KIND, train.CHECKPOINT_KIND, pool_shards.KIND} <= {*ARRAYS}
 
 

@@ -33,6 +33,12 @@ def runs(request):
         pool.shutdown(cancel_futures=True)
 
 
+def test_a_notebook_that_hangs_is_named():
+    code = "import time, run_nbdev_test as run; run.LIMIT = .2; run.limited(lambda name: time.sleep(60))('hangs.ipynb')"
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT / 'scripts', text=True, capture_output=True, timeout=50)
+    assert done.returncode == 1 and done.stderr.startswith('hangs.ipynb has not ended') and 'in <lambda>' in done.stderr, done.stderr
+
+
 @pytest.mark.drill  # `make test` runs them all before pytest, in workers that go on; this takes as long again
 @pytest.mark.parametrize('notebook', NOTEBOOKS)
 def test_notebook_alone(notebook, runs):

@@ -16,7 +16,8 @@ from torch import nn
 from datatools.core import FormatError, LockedError, MismatchError, UsageError, file_lock
 from datatools.pool.dataset import make_loader
 from datatools.pool.network import PolicyValueNet, load_network, make_network
-from datatools.pool.training import DivergedError, Trainer, TrainingSettings, create_datasets, train
+from datatools.pool.trainer import DivergedError, Trainer, TrainingSettings, create_datasets
+from datatools.pool.training import train
 
 SETTINGS = TrainingSettings(epochs=3, warmup_steps=5, checkpoint_every=4)
 RUN = '''
@@ -25,7 +26,8 @@ sys.path.insert(0, {tests!r})
 from made_up_positions import MadeUpPositions
 from datatools.pool.dataset import make_loader
 from datatools.pool.network import make_network
-from datatools.pool.training import TrainingSettings, train
+from datatools.pool.trainer import TrainingSettings
+from datatools.pool.training import train
 torch.set_num_threads(1)
 train(make_network('16x2', 4), MadeUpPositions(delay={delay}), MadeUpPositions(batches=3, seed=1),
       TrainingSettings(epochs=3, warmup_steps=5, checkpoint_every=4), {directory!r}, resume=True, show=False)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from made_up_positions import MadeUpPositions, write_shards
 
-from datatools.core import FormatError, LockedError, MismatchError, UsageError, file_lock
-from datatools.pool.training import TrainingSettings
+from datatools.core import FormatError, MismatchError, UsageError
+from datatools.pool.trainer import TrainingSettings
 from datatools.pool.tuning import open_study, run_hyperparameter_tuning, run_hyperparameter_tuning_current_data
 
 SPACE = {'learning_rate': (1e-4, 1e-1, 'log'), 'batch_size': [8, 16]}
@@ -20,7 +20,7 @@ RUN = '''
 import sys, torch
 sys.path.insert(0, {tests!r})
 from made_up_positions import MadeUpPositions
-from datatools.pool.training import TrainingSettings
+from datatools.pool.trainer import TrainingSettings
 from datatools.pool.tuning import run_hyperparameter_tuning
 torch.set_num_threads(1)
 def make(parameters): return MadeUpPositions(batch_size=parameters['batch_size'], delay={delay}), MadeUpPositions(batches=3, seed=1)

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -18,7 +17,7 @@ from datatools.core import hash_file
 from datatools.stft.__main__ import app
 from datatools.stft.audio import read_audio
 from datatools.stft.dataset import PrecomputedSTFTDataset
-from datatools.stft.loader import make_loader
+from datatools.loader import make_loader
 from datatools.stft.store import StoreWriter, environment, item_offsets, open_store
 from datatools.stft.transform import istft, snr_decibels
 

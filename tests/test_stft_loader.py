@@ -17,7 +17,7 @@ from hypothesis import given, settings, strategies as st
 
 from datatools.core import DatatoolsError, FormatError, MismatchError, UsageError
 from datatools.stft.dataset import PrecomputedSTFTDataset
-from datatools.stft.loader import Loader, _available_bytes, epoch_order, make_loader
+from datatools.loader import Loader, _available_bytes, epoch_order, make_loader
 from datatools.stft.records import encode_record
 from datatools.stft.store import StoreWriter
 
@@ -125,8 +125,8 @@ def test_the_ring_is_used_again(dataset, workers, slots):
 
 @pytest.mark.parametrize('workers,method', WAYS)
 def test_a_large_ring_is_written_past_the_cache(dataset, monkeypatch, workers, method):
-    monkeypatch.setattr('datatools.stft.loader.STREAM_BYTES', 1)
-    monkeypatch.setattr('datatools.stft.loader.TASK_BYTES', 1)  # one batch a task, like batches that are large
+    monkeypatch.setattr('datatools.loader.STREAM_BYTES', 1)
+    monkeypatch.setattr('datatools.loader.TASK_BYTES', 1)  # one batch a task, like batches that are large
     with make_loader(dataset, 4, workers, shuffle=True, start_method=method) as loader:
         assert sorted(sum((numbers(batch) for _ in range(2) for batch in loader), [])) == sorted(2 * list(range(COUNT)))
         assert loader._slots.ring.streams and loader._slots.ring.slots == 2 * workers + 2
@@ -267,7 +267,7 @@ def test_a_worker_killed_between_passes_is_replaced(dataset):
 CHILD = '''
 import os, sys, time
 from datatools.stft.dataset import PrecomputedSTFTDataset
-from datatools.stft.loader import make_loader
+from datatools.loader import make_loader
 def main():
     loader = make_loader(PrecomputedSTFTDataset(sys.argv[1]), 8, 2, start_method=sys.argv[2])
     for epoch in range(10**6):
@@ -344,7 +344,7 @@ def test_empty_and_tiny(tmp_path):
 
 def test_ring_that_does_not_fit(dataset):
     with make_loader(dataset, 1 << 40, prefetch=1) as loader: assert numbers(next(iter(loader))) == list(range(COUNT))  # never larger than the dataset
-    from datatools.stft.loader import Ring
+    from datatools.loader import Ring
     with pytest.raises(DatatoolsError, match='smaller batch_size'): Ring({'x': ('float32', (1 << 20,))}, 1 << 20, 6)
 
 
@@ -427,7 +427,7 @@ def test_the_state_of_another_store(dataset, tmp_path):
         for i in range(COUNT): writer.append(encode_record(i, {'number': np.int64(i)}))
         writer.complete()
     with PrecomputedSTFTDataset(tmp_path/'other') as other:
-        with pytest.raises(MismatchError, match='store='): make_loader(other, 4).load_state_dict(make_loader(dataset, 4).state_dict())
+        with pytest.raises(MismatchError, match='identity='): make_loader(other, 4).load_state_dict(make_loader(dataset, 4).state_dict())
 
 
 @pytest.mark.parametrize('workers', [0, 2])

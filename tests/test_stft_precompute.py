@@ -354,7 +354,7 @@ def test_storage_that_is_away_for_a_while(tmp_path, monkeypatch, options):
         take(part, result, *rest)
         if result.key == '1.wav': (tmp_path/'in').rename(tmp_path/'away')
     monkeypatch.setattr(module, '_take', away)
-    monkeypatch.setattr(module, 'run_tasks', partial(module.run_tasks, in_flight=1))
+    monkeypatch.setattr(module._Batches, 'room', lambda *_: 1)  # what comes next has not begun
     with pytest.raises(DatatoolsError, match='2.wav: FileNotFoundError.*resume'): precompute([tmp_path/'in'], tmp_path/'out', CONFIG, 0., options=options)
     monkeypatch.undo()
     (tmp_path/'away').rename(tmp_path/'in')
@@ -401,6 +401,26 @@ def test_a_decoder_that_dies_is_told_of(tmp_path, monkeypatch):
     tidy(tmp_path/'out')
 
 
+def test_a_decoder_that_dies_costs_only_its_file(tmp_path, monkeypatch):
+    "Files that share a task with one that kills its process, or hangs"
+    for number in range(40): tone(tmp_path/f'in/{number:02}{ {3: " segv", 5: " hang"}.get(number, "") }.wav', .2, seed=number)
+    tone(tmp_path/'in/04 short.wav', .01)
+    once = precompute([tmp_path/'in'], tmp_path/'once', CONFIG, 0., options=INLINE, skip=['03 segv.wav', '05 hang.wav'])
+    monkeypatch.setattr(module, 'transform_file', deadly)
+    monkeypatch.setattr(module, 'RETRIES', 0)
+    monkeypatch.setattr(module, 'TASK_SECONDS', 60)
+    sent, whole = [], module.run_tasks
+    def counted(function, tasks, **options): return whole(function, (sent.append(len(task.arguments[0])) or task for task in tasks), **options)
+    monkeypatch.setattr(module, 'run_tasks', counted)
+    summary = precompute([tmp_path/'in'], tmp_path/'out', CONFIG, 0., options=PrecomputeOptions(timeout=8.))
+    assert sent[0] == 10 and summary['train']['items'] == once['train']['items'] == 38
+    said = {name: reason for name, reason in reasons(summary).items() if name != '04 short.wav'}
+    assert said == {'03 segv.wav': 'the process that read it failed: the worker was killed by SIGSEGV', '05 hang.wav': 'the process that read it failed: stopped after 8.0 seconds'}
+    assert reasons(summary)['04 short.wav'] == reasons(once)['04 short.wav']
+    with environment(tmp_path/'out/train.lmdb') as store, environment(tmp_path/'once/train.lmdb') as other:
+        for index in range(38): assert store.record(index).fields['stft_256'].tobytes() == other.record(index).fields['stft_256'].tobytes()
+
+
 def test_a_decoder_that_hangs_is_told_of(tmp_path, monkeypatch):
     monkeypatch.setattr(module, 'transform_file', deadly)
     monkeypatch.setattr(module, 'RETRIES', 0)
@@ -428,7 +448,8 @@ def test_what_is_not_the_fault_of_a_file_stops_the_job(tmp_path, monkeypatch, ki
 
 @pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith('linux'), reason='only root can mount a small disk')
 @pytest.mark.parametrize('options', [INLINE, ONE], ids=['no worker', 'one worker'])
-def test_a_full_disk(corpus, reference, tmp_path, options):
+def test_a_full_disk(corpus, reference, tmp_path, monkeypatch, options):
+    monkeypatch.setattr(module, 'TASK_SECONDS', 0)  # or the spool takes all of so small a disk
     disk = tmp_path/'disk'
     disk.mkdir()
     if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1500k', 'tmpfs', disk]).returncode: pytest.skip('mounting is not allowed here')
@@ -728,8 +749,32 @@ def test_options_that_the_store_or_torch_refuses(tmp_path, options, said):
     assert precompute([tmp_path/'in'], tmp_path/'out', CONFIG, 0., resume=True, options=INLINE)['train']['items'] == 1
 
 
+def batches(sizes, workers, **options):
+    "How many tasks may be under way, and how many files are in each"
+    made = module._Batches([module.Task(str(number), (f'{number}.wav',)) for number in range(len(sizes))], sizes, **options)
+    room, tasks = made.room(workers), [*made]
+    assert [part.key for task in tasks for part in task.parts or [task]] == [str(number) for number in range(len(sizes))]
+    return room, [len(task.arguments[0]) for task in tasks]
+
+
 @pytest.mark.parametrize('megabytes, workers, wanted', [(1, 2, 8), (100, 16, 16), (100, 2, 4), (4000, 2, 2), (0, 1, 4)])
-def test_the_spool_is_bounded(tmp_path, monkeypatch, megabytes, workers, wanted):
+def test_the_spool_is_bounded(megabytes, workers, wanted):
     "Few long files wait, many short ones; every worker has one"
-    assert module._in_flight([0, megabytes << 20], STFTConfig(), workers) == wanted
-    assert module._in_flight([megabytes << 20], STFTConfig(windows=(2048, 1024), dtype='float32'), workers) <= wanted
+    sizes = [module._spectra_bytes('a.flac', size, STFTConfig()) for size in [0, megabytes << 20] * 50]
+    assert module._spectra_bytes('a.flac', 9, STFTConfig(windows=(2048, 1024), dtype='float32')) > module._spectra_bytes('a.flac', 9, STFTConfig())
+    assert batches(sizes, workers)[0] == wanted
+
+
+def test_short_files_share_a_task_and_long_ones_do_not(monkeypatch):
+    short, long = 10 ** 5, 10 ** 9
+    assert batches([long] * 5, 1)[1] == [1] * 5 and batches([short] * 50, 2, seconds=0)[1] == [1] * 50
+    counts = batches([short] * 20_000 + [long] + [short] * 20_000, 2)[1]
+    assert max(counts) * (short / module.SPECTRA_RATE + module.FILE_SECONDS) <= module.TASK_SECONDS and len(counts) < 400
+    monkeypatch.setattr(module, 'SPOOL_BYTES', 80 * short)
+    assert max(batches([short] * 20_000, 2)[1]) == 10  # four tasks for each of two workers fit into the spool
+
+
+@pytest.mark.parametrize('workers', [1, 2, 50])
+def test_no_worker_is_without_work_at_the_end(workers):
+    counts = batches([10 ** 5] * 200, workers)[1]
+    assert max(counts) <= max(1, 200 / (4 * workers)) and counts[-1] == 1

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import uuid
 from collections import Counter
@@ -22,7 +21,7 @@ import psutil
 import pytest
 from mido import Message, MidiFile, MidiTrack
 
-from datatools.core import DatatoolsError, FormatError, LockedError, MismatchError, UsageError, rng_for, rss_bytes
+from datatools.core import DatatoolsError, FormatError, MismatchError, UsageError, rng_for, rss_bytes
 from datatools.jobs import Engine, InlineEngine, call
 from datatools.vst import ChunkedDatasetReader
 from datatools.vst.chunks import CAUSES, CONTENT
@@ -103,8 +102,8 @@ class Shuffled(Engine):
 
     def submit(self, token, function, arguments): self.waiting.append((token, function, arguments))
 
-    def collect(self, block):
-        if not block or len(self.waiting) < 1: return []
+    def collect(self, seconds):
+        if seconds == 0 or len(self.waiting) < 1: return []
         token, function, arguments = self.waiting.pop(self.random.randrange(len(self.waiting)))
         return [(token, call(function, arguments))]
 
@@ -398,9 +397,9 @@ SOME = dict(num_samples=20, samples_per_file=9, num_workers=2)
 
 def test_the_parent_is_killed_again_and_again(run, quick, reference):
     "Killed in the middle, and again; what was done is never done again but for one sample of each worker"
-    rng, renderings, kills = random.Random(4), 0, 0
+    rng, kills = random.Random(4), 0
     for begun in (0, 1, 7):
-        before, killed = done_count(quick/'set'), run('--resume', **SOME)
+        killed = run('--resume', **SOME)
         if begun: killed.rendered(begun)
         time.sleep(rng.random() * (.5 if begun == 0 else .02))
         killed.process.kill()

@@ -8,10 +8,11 @@ __all__ = []
 # %% ../../nbs/groove/00_overview.ipynb #c74c5e5e
 from .arpa import write_arpa
 from .events import Events, GrooveConfig, detokenise, plot_events, tokenise
+from .files import FileList
 from .listen import render_drums
 from .midi import DrumPart, MidiFault, read_drums, write_drums
 from .model import Grooves, GrooveModel
-from .train import FileList, Run, merge_files, train_model
+from .train import Run, merge_files, train_model
 
 # %% ../../nbs/groove/00_overview.ipynb #3e204ee2
 __all__ = ['DrumPart', 'Events', 'FileList', 'GrooveConfig', 'GrooveModel', 'Grooves', 'MidiFault', 'Run', 'detokenise', 'merge_files',

@@ -21,7 +21,7 @@ def token_words(
     names = [name.replace(' ', '-') for name, _, _ in DRUM_CLASSES] if config.drum_map == '9' else [str(pitch) for pitch in range(128)]
     return [f'{gap}:{name}' for gap in range(config.longest_gap + 1) for name in names] + ['<s>']
 
-# %% ../../nbs/groove/17_arpa.ipynb #d91e35a5
+# %% ../../nbs/groove/17_arpa.ipynb #fa775618
 def _depths(trie):
     "Node numbers of each depth, and the parent of every node"
     parent = np.repeat(np.arange(len(trie.symbol)), np.diff(trie.children))
@@ -46,7 +46,7 @@ def _own_mass(trie):
     own[first] = trie.mass[first]
     return own
 
-
+# %% ../../nbs/groove/17_arpa.ipynb #48a2aec7
 def ngram_probabilities(
     trie,             # one expert
     vocabulary:int,   # number of tokens

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'resume_command', 'model_facts', 'describe']
 
-# %% ../../nbs/groove/18_describe.ipynb #77d5b1ee
+# %% ../../nbs/groove/18_describe.ipynb #cbaeb052
 import json
 import os
 import shlex
@@ -15,10 +15,10 @@ from pathlib import Path
 
 from ..arrays import ArrayFile
 from ..core import FormatError, read_json
-from .counts import APPLICATION_ID, read_order_shards
 from .events import GrooveConfig
 from .midi import read_drums
 from .model import GrooveModel, is_complete
+from .stores import read_order_shards
 from .train import CHECKPOINT_KIND, MODEL_KIND
 
 # %% ../../nbs/groove/18_describe.ipynb #e2c2dc45
@@ -128,7 +128,7 @@ def _counts(path, verify):
         _, shards = read_order_shards(path, int(order))
         for shard in shards if verify else (): shard.verify()
         orders[f'order {order}'] = meta['orders'][order]['rows']
-    return dict(facts=dict(rows=orders, counts=meta['dtype']), read=f"from datatools.groove.counts import read_order_shards\nmeta, shards = read_order_shards({str(path)!r}, order={max(map(int, meta['orders']))})")
+    return dict(facts=dict(rows=orders, counts=meta['dtype']), read=f"from datatools.groove.stores import read_order_shards\nmeta, shards = read_order_shards({str(path)!r}, order={max(map(int, meta['orders']))})")
 
 # %% ../../nbs/groove/18_describe.ipynb #c3042c0c
 KINDS = {

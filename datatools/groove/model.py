@@ -17,11 +17,13 @@ from fastcore.basics import chunked, patch
 
 from ..arrays import ArrayFile, array_writer, narrow_counts
 from ..core import FormatError, MismatchError, bad_value, check_same_config, human_bytes, seed_for
-from .counts import KeyLayout, MemoryStore, merge_runs, ngram_keys
+from .counts import KeyLayout, merge_runs, ngram_keys
 from .events import TO_CLASS, UNMAPPED, Events, GrooveConfig, drum_lookup, tokenise
 from .midi import DrumPart, read_drums
 from .sampling import FEEL_LAYOUT, build_feel, counter_seeds, sample_feel, sample_tokens
 from .smoothing import build_trie, join, score_tokens, sharpen
+from .stores import MemoryStore
+from ..remote import local_copy
 
 # %% ../../nbs/groove/15_model.ipynb #363835a2
 def table_layout(
@@ -105,7 +107,7 @@ def is_complete(
     "Whether all files of all lists are counted"
     return all(part == dict(modulus=1, residues=[0], partial=[]) for part in coverage.values())
 
-# %% ../../nbs/groove/15_model.ipynb #d0117b80
+# %% ../../nbs/groove/15_model.ipynb #5beff3f4
 MODEL_KIND, MODEL_VERSION = 'groove model', 1
 EXPERT_WEIGHTS = dict(ngram=0.5, position=0.5)  # chosen on validation data, as all such numbers: see the tutorial
 STYLE_WEIGHT = 0.3                               # share of the style's own n-grams when one is asked for
@@ -136,7 +138,7 @@ def add_totals(
         for reason, number in part['skipped'].items(): total['skipped'][reason] = total['skipped'].get(reason, 0) + number
     return total
 
-
+# %% ../../nbs/groove/15_model.ipynb #504c4033
 def write_model(
     path,                 # file to write
     config:GrooveConfig,  # what was counted
@@ -167,11 +169,11 @@ class GrooveModel:
 
     @classmethod
     def load(cls,
-        path,                # a model file
+        path,                # a model file, here or at a URL, from which it is fetched once
         verify:bool=False,   # read all of it and compare checksums
     ):                       # -> GrooveModel
         "Open a model; its tables are memory-mapped. Raises `FormatError` on anything that is not one, pickles included"
-        file = ArrayFile(path, MODEL_KIND)
+        file = ArrayFile(local_copy(path), MODEL_KIND)
         if verify: file.verify()
         if file.header.get('version') != MODEL_VERSION:
             raise FormatError(f'{path} has model version {file.header.get("version")!r}; this datatools reads {MODEL_VERSION}. Train again, or update datatools.')
@@ -337,7 +339,7 @@ def perplexity(self:GrooveModel,
     "Two to the power of the bits per onset"
     return self.evaluate(grooves)['perplexity']
 
-# %% ../../nbs/groove/15_model.ipynb #a6b85039
+# %% ../../nbs/groove/15_model.ipynb #c32d69bb
 TICKS_PER_BEAT = 480
 
 
@@ -373,7 +375,7 @@ class Grooves:
         "A groove as the model sees it"
         return tokenise(self[index], self.config)
 
-
+# %% ../../nbs/groove/15_model.ipynb #3fab5003
 def _median_tempo(tables):
     "The median tempo of tempo tables, 120 if they are empty"
     keys, counts = merge_runs(tables)

@@ -18,7 +18,7 @@ from typing import Annotated, List, Optional
 import typer
 from fastcore.imports import in_notebook
 
-from ..console import Device, EngineName, Group, Json, OutputDir, Progress, Resume, Scheduler, Seed, Workers, clear_errors, engine_of, existing, shared, show
+from ..console import Device, EngineName, Group, Json, OutputDir, Progress, Resources, Resume, Scheduler, Seed, Workers, clear_errors, engine_of, existing, here_or_copied, shared, show
 from ..core import FormatError, UsageError
 from .describe import facts_of, shard_directories
 from .shards import ShardDirectory
@@ -28,9 +28,9 @@ from ..remote import is_url
 app = typer.Typer(name='pool', cls=Group, help='Mix millions of game positions from many shard directories, train on them, and search for hyperparameters.',
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-Directories = Annotated[List[Path], typer.Argument(metavar='DIRS...', help='Directories of shards, or a directory that holds such.')]
-Directory = Annotated[Path, typer.Argument(metavar='DIR', help='Directory of shards.')]
-Parent = Annotated[Path, typer.Argument(metavar='DIR', help='Directory of shards, or a directory that holds such.')]
+Directories = Annotated[List[Path], typer.Argument(metavar='DIRS...', parser=here_or_copied, help='Directories of shards, or a directory that holds such, here or at URLs.')]
+Directory = Annotated[Path, typer.Argument(metavar='DIR', parser=here_or_copied, help='Directory of shards, here or at a URL.')]
+Parent = Annotated[Path, typer.Argument(metavar='DIR', parser=here_or_copied, help='Directory of shards, or a directory that holds such, here or at a URL.')]
 Ranges = Annotated[Optional[List[str]], typer.Option('--shard-range', metavar='RANGE', help="'a-b' (inclusive), 'all' or 'none', once for each of DIRS. [default: all]")]
 PoolSize = Annotated[int, typer.Option('--pool-size', help='Positions that are mixed with each other in memory.')]
 Memory = Annotated[float, shared('--max-memory-gb')]
@@ -59,13 +59,14 @@ def weights_of(
 # %% ../../nbs/pool/39_main.ipynb #6de8905b
 @app.command('make-shards', short_help='Play games of Hex and write their positions.')
 def make_shards_command(
-    output_dir:OutputDir = ...,
+    output_dir:Annotated[str, shared('--output-dir', more=', here or at a URL')] = ...,
     games:Annotated[Optional[int], typer.Option(help='Games in each directory. [default: 2,000 to 4,000]')] = None,
     board_size:Annotated[int, typer.Option(help='Rows of the board.')] = 13,
     games_per_shard:Annotated[Optional[int], typer.Option(help='Games in a shard. [default: 500, or fewer where that would not make ten shards]')] = None,
     workers:Workers = 1,
     engine:EngineName = None,
     scheduler:Scheduler = None,
+    resources:Resources = None,
     seed:Seed = 0,
     show_progress:Progress = None,
     as_json:Json = False,
@@ -75,7 +76,7 @@ def make_shards_command(
     from datatools.pool.play import SOURCES, make_shards
     with clear_errors('Interrupted. What was played is safe: the same command goes on from there.', dict(output='--output-dir')):
         sources = SOURCES if games is None else [replace(source, games=games) for source in SOURCES]
-        made = make_shards(output_dir, sources, HexCodec(board_size), games_per_shard, seed, workers, show_progress, engine_of(engine, scheduler, show_progress))
+        made = make_shards(output_dir, sources, HexCodec(board_size), games_per_shard, seed, workers, show_progress, engine_of(engine, scheduler, resources, show_progress))
         show({'output_dir': str(output_dir)} | {directory.path.name: f'{len(directory):,} positions in {len(directory.shards)} shards' for directory in made}, as_json)
 
 
@@ -91,6 +92,7 @@ def convert_command(
     workers:Workers = 1,
     engine:EngineName = None,
     scheduler:Scheduler = None,
+    resources:Resources = None,
     resume:Resume = False,
     show_progress:Progress = None,
     as_json:Json = False,
@@ -98,7 +100,7 @@ def convert_command(
     "Turn pickled examples into shards; no pickle is trusted, and every example is checked."
     from datatools.pool.legacy import convert
     with clear_errors('Interrupted. Files that were read are safe: the same command with --resume goes on from there.', dict(inputs='INPUTS', output='--output-dir')):
-        made = convert(inputs, output_dir, workers, resume, rows_per_shard, board_size, soft_policy, group_by_game, game_ids.value, show=show_progress, engine=engine_of(engine, scheduler, show_progress))
+        made = convert(inputs, output_dir, workers, resume, rows_per_shard, board_size, soft_policy, group_by_game, game_ids.value, show=show_progress, engine=engine_of(engine, scheduler, resources, show_progress))
         show(facts_of(made) | (dict(path=output_dir) if is_url(output_dir) else {}), as_json)
 
 # %% ../../nbs/pool/39_main.ipynb #839e6dc6
@@ -239,10 +241,12 @@ def train_command(
     as_json:Json = False,
 ):
     "Train a policy and value network on a mixed stream; interrupted, it goes on to the same result. Started by torchrun, all its processes share every batch."
+    from datatools.loader import place
     from datatools.pool.dataset import make_loader
     from datatools.pool.network import make_network
-    from datatools.pool.ranks import joined, place
-    from datatools.pool.training import TrainingSettings, create_datasets, train
+    from datatools.pool.ranks import joined
+    from datatools.pool.trainer import TrainingSettings, create_datasets
+    from datatools.pool.training import train
     with joined(device) as device, clear_errors('Interrupted. The last checkpoint is safe: the same command with --resume goes on from there.', OPTIONS | dict(directory='--output-dir')):
         directories = shard_directories(directories)
         size = board_size_of(directories)
@@ -285,7 +289,7 @@ def sweep_command(
     as_json:Json = False,
 ):
     "Search for hyperparameters; called again, or by several processes at once, it works on the same study."
-    from datatools.pool.training import TrainingSettings
+    from datatools.pool.trainer import TrainingSettings
     from datatools.pool.tuning import run_hyperparameter_tuning_current_data
     with clear_errors('Interrupted. The study is safe: the same command goes on with it.', OPTIONS | dict(results_dir='--output-dir')):
         if trials is None and sampler is Sampler.tpe: trials = 20

@@ -6,7 +6,7 @@
 __all__ = ['REFILL_THRESHOLD', 'EPOCH', 'START', 'WORKERS', 'MOST_ROWS', 'PoolMemoryError', 'StreamingMixedShardDataset',
            'PoolLoader', 'make_loader']
 
-# %% ../../nbs/pool/35_dataset.ipynb #b9c1bda3
+# %% ../../nbs/pool/35_dataset.ipynb #46026967
 import html
 import math
 import numbers
@@ -22,6 +22,7 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..core import DatatoolsError, MemoryLimitError, MemoryMeter, MismatchError, UsageError, bad_value, config_hash, differences, human_bytes, rng_for, rss_bytes
+from ..loader import check_whole, place
 from . import hex as _hex  # registers its codec
 from .buffer import Pool, SequentialPool, bytes_needed
 from .codecs import RecordCodec
@@ -89,7 +90,7 @@ class StreamingMixedShardDataset(IterableDataset):
         self.__dict__.update(state)
         if not self._shared.is_shared(): self._shared = self._shared.clone().share_memory_()
 
-# %% ../../nbs/pool/35_dataset.ipynb #a02d05d2
+# %% ../../nbs/pool/35_dataset.ipynb #8689f4e3
 def _find_sources(data_dirs, shard_ranges, weights):
     "Sources with at least one row"
     if isinstance(data_dirs, (list, tuple)) and data_dirs and any(isinstance(each, Source) for each in data_dirs):
@@ -116,12 +117,7 @@ def _checked_codec(codec, written):
 
 def _place_among_ranks(rank, world_size, seed):
     "Number of this process and of all"
-    spread = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if world_size is None: world_size = torch.distributed.get_world_size() if spread else 1
-    if rank is None: rank = torch.distributed.get_rank() if spread else 0
-    _whole('world_size', world_size, 1)
-    _whole('rank', rank, 0)
-    if not rank < world_size: raise bad_value('rank', rank, f'0 to {world_size - 1}, the world_size less one')
+    rank, world_size = place(rank, world_size)
     if world_size > 1 and seed is None: raise bad_value('random_seed', None, 'an integer, the same in all processes that train together')
     return rank, world_size
 
@@ -129,18 +125,14 @@ def _place_among_ranks(rank, world_size, seed):
 MOST_ROWS = (1 << 32) - 2  # in a pool, whose slots are numbers of 4 bytes
 
 
-def _whole(name, value, least, remedy=''):
-    "A whole number, or an error"
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least: raise bad_value(name, value, f'a whole number from {least} on', remedy)
-
 @patch
 def _check(self:StreamingMixedShardDataset):
     "Refuse settings that cannot work"
-    if self.batch_size is not None: _whole('batch_size', self.batch_size, 1)
-    if self.max_examples_unaugmented is not None: _whole('max_examples_unaugmented', self.max_examples_unaugmented, 1)
-    _whole('pool_size', self.pool_size, self.batch_size or 1, 'A pool holds at least one batch.')
+    if self.batch_size is not None: check_whole('batch_size', self.batch_size, 1)
+    if self.max_examples_unaugmented is not None: check_whole('max_examples_unaugmented', self.max_examples_unaugmented, 1)
+    check_whole('pool_size', self.pool_size, self.batch_size or 1, 'A pool holds at least one batch.')
     if self.pool_size > MOST_ROWS: raise bad_value('pool_size', self.pool_size, f'at most {MOST_ROWS:,}')
-    _whole('refill_threshold', self.refill_threshold, 0)
+    check_whole('refill_threshold', self.refill_threshold, 0)
     if self.refill_threshold == REFILL_THRESHOLD: self.refill_threshold = min(REFILL_THRESHOLD, self.pool_size * 3 // 4)  # the default fits smaller pools as well
     if self.refill_threshold >= self.pool_size: raise bad_value('refill_threshold', self.refill_threshold, f'less than pool_size, {self.pool_size}')
     if isinstance(self.max_memory_gb, bool) or not isinstance(self.max_memory_gb, numbers.Real) or not 0 < self.max_memory_gb < math.inf:
@@ -186,7 +178,7 @@ def set_epoch(self:StreamingMixedShardDataset,
     epoch:int,  # 0, 1, 2, …
 ):
     "Choose the epoch, and with it another order; also for the workers of a loader, from their next pass on"
-    _whole('epoch', epoch, 0)
+    check_whole('epoch', epoch, 0)
     if epoch != self.epoch: self._shared[EPOCH], self._shared[START], self.position = epoch, 0, 0
 
 @patch
@@ -334,7 +326,7 @@ def load_state_dict(self:StreamingMixedShardDataset,
     if not isinstance(state, dict) or set(state) != {'epoch', 'position', 'facts'}: raise bad_value('state', state, 'what state_dict gave')
     if state['facts'] != self.facts():
         raise MismatchError(f'The state belongs to another stream:\n{differences(state["facts"], self.facts())}\nOpen the same shards with the same settings, or begin a new epoch.')
-    _whole('state["epoch"]', state['epoch'], 0)
+    check_whole('state["epoch"]', state['epoch'], 0)
     length = self.plan.length
     if not isinstance(state['position'], int) or not 0 <= state['position'] <= length: raise bad_value('state["position"]', state['position'], f'0 to {length}')
     self._shared[EPOCH] = state['epoch']
@@ -400,8 +392,8 @@ def make_loader(
 ):                                # iterable of batches with `set_epoch`, `state_dict`, `load_state_dict` and a length
     "Batches of a dataset, made by workers"
     if not dataset.batch_size: raise bad_value('dataset.batch_size', dataset.batch_size, 'a whole number from 1 on', 'The loader passes batches on, it does not make them.')
-    _whole('workers', workers, 0)
-    _whole('prefetch', prefetch, 1)
+    check_whole('workers', workers, 0)
+    check_whole('prefetch', prefetch, 1)
     return PoolLoader(dataset, workers, prefetch, dict(pin_memory=pin_memory, multiprocessing_context=multiprocessing_context if workers else None))
 
 # %% ../../nbs/pool/35_dataset.ipynb #9d264f23

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['KINDS', 'holds_shards', 'shard_directories', 'facts_of', 'describe']
 
-# %% ../../nbs/pool/38_describe.ipynb #dfcc9169
+# %% ../../nbs/pool/38_describe.ipynb #194a33c5
 import json
 import shlex
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..arrays import ArrayFile
-from ..core import FormatError, Manifest, MismatchError, read_json
+from ..core import FormatError, Manifest, MismatchError
+from ..ledger import read_ledger
 from .codecs import codec_from_facts
 from .shards import FORMAT, KIND, PACKED_FORMAT, PACKED_SUFFIX, VERSION, ShardDirectory, decompress_directory, shard_files
 
@@ -96,19 +97,12 @@ def _parent(path, verify):
     return dict(facts=facts, unfinished=unfinished + made.get('unfinished', []), damaged=damaged, resume=made.get('resume', ''),
         read=f"from datatools.pool import StreamingMixedShardDataset\ndataset = StreamingMixedShardDataset({[str(each) for each in directories]!r})")
 
-# %% ../../nbs/pool/38_describe.ipynb #4302db7e
-def _ledger(path):
-    "Head of a ledger and the number of tasks that are done"
-    with open(path, 'rb') as file: lines = file.read().split(b'\n')
-    try: head, entries = json.loads(lines[0]), [json.loads(line) for line in lines[1:-1]]
-    except ValueError as error: raise FormatError(f'{path} is damaged: {error}') from error
-    return head['config'], len({entry['key'] for entry in entries if 'value' in entry})
-
-
+# %% ../../nbs/pool/38_describe.ipynb #d4c9233b
 def _made_shards(path):
     "How far `make-shards` is in a directory; empty where it is not at work, or has ended"
     if not (path/'make_shards.ledger').exists(): return {}
-    config, done = _ledger(path/'make_shards.ledger')
+    ledger = read_ledger(path/'make_shards.ledger')
+    config, done = ledger.config, len(ledger.finished)
     wanted = sum(-(-source['games'] // config['games_per_shard']) for source in config['sources'])
     if done >= wanted and all((path/source['name']/Manifest.name).exists() for source in config['sources']): return {}
     words = ['datatools', 'pool', 'make-shards', '--output-dir', path, '--board-size', config['codec']['board_size'], '--games-per-shard', config['games_per_shard'], '--seed', config['seed']]
@@ -120,8 +114,9 @@ def _made_shards(path):
 def _conversion(path, verify):
     told = dict(facts={}, unfinished=['the conversion has not ended'], resume=f'datatools pool convert INPUTS... --output-dir {shlex.quote(str(path))} --resume')
     if not (path/'.conversion/ledger').exists(): return told
-    options, done = _ledger(path/'.conversion/ledger')
-    told['facts'] = dict(files_converted=done, **options)
+    ledger = read_ledger(path/'.conversion/ledger')
+    options = ledger.config
+    told['facts'] = dict(files_converted=len(ledger.finished), **options)
     if options['soft_policy']: told['resume'] += ' --soft-policy'
     if options['game_ids'] != 'global': told['resume'] += f' --game-ids {options["game_ids"]}'
     return told

@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from ..core import FormatError, UsageError, bad_value
+from ..core import FormatError, bad_value
 from .codecs import CODECS, RecordCodec
 
 # %% ../../nbs/pool/31_hex.ipynb #4cc3addc

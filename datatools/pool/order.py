@@ -7,7 +7,7 @@ __all__ = ['largest_remainder', 'next_directories', 'permuted', 'make_deck', 'de
 
 # %% ../../nbs/pool/34_order.ipynb #40351d51
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import numpy as np
 from numba import njit

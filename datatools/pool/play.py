@@ -17,6 +17,7 @@ from ..core import DatatoolsError, MismatchError, bad_value, rng_for
 from ..jobs import run_tasks
 from .hex import RED_TO_MOVE, RED_WINS, HexBoard, HexCodec, find_root, place_stone
 from .shards import finish_directory, write_shard
+from ..remote import check_stage, output_at
 
 # %% ../../nbs/pool/31_play.ipynb #9cd27c2b
 FAR = 10_000  # no way
@@ -215,7 +216,7 @@ def _shard_tasks(output, sources, codec, games_per_shard, seed):
 
 # %% ../../nbs/pool/31_play.ipynb #6ac299e5
 def make_shards(
-    output,                        # directory for the directories
+    output,                        # directory for the directories; at a URL they appear when all are finished
     sources = SOURCES,             # `GameSource`s
     codec: HexCodec = HexCodec(),  # board size and form of the records
     games_per_shard: int = None,   # games, not records; None for 500, or fewer where that would not make ten shards
@@ -225,20 +226,22 @@ def make_shards(
     engine = 'local',              # where the workers are, see `run_tasks`
 ) -> list:                         # a `ShardDirectory` per source
     "Directories of self-played games; stopped at any time it resumes, with any number of workers it gives the same bytes"
-    output, names = Path(output), [source.name for source in sources]
+    names = [source.name for source in sources]
     if not 0 < len({*names}) == len(names) <= 256: raise bad_value('sources', names, 'one to 256 sources with different names')
     for source in sources:
         if type(source.games) is not int or source.games < 1: raise bad_value('games', source.games, 'a positive integer')
     if games_per_shard is None: games_per_shard = min(500, -(-min(source.games for source in sources) // 10))  # what is to be divided needs several
     if type(games_per_shard) is not int or games_per_shard < 1: raise bad_value('games_per_shard', games_per_shard, 'a positive integer')
-    for name in names: (output/name).mkdir(parents=True, exist_ok=True)
-    config = dict(sources=[asdict(source) for source in sources], codec=codec.facts(), games_per_shard=games_per_shard, seed=seed)
-    tasks = [*_shard_tasks(output, sources, codec, games_per_shard, seed)]
-    for result in run_tasks(_make_shard, tasks, workers=workers, ledger=output/'make_shards.ledger', ledger_config=config,
-                            show_progress=show_progress, description='shards', engine=engine):
-        if result.error: raise DatatoolsError(f'{output/result.key}: {result.error.message}. Run it again to go on.')
-        _check_made(output/result.key, result.value)
-    return [finish_directory(output/source.name, codec, f'self-play, skill {source.skill}, seed {seed}') for source in sources]
+    check_stage(output, engine)
+    with output_at(output, resume=True) as folder:
+        for name in names: (folder/name).mkdir(parents=True, exist_ok=True)
+        config = dict(sources=[asdict(source) for source in sources], codec=codec.facts(), games_per_shard=games_per_shard, seed=seed)
+        tasks = [*_shard_tasks(folder, sources, codec, games_per_shard, seed)]
+        for result in run_tasks(_make_shard, tasks, workers=workers, ledger=folder/'make_shards.ledger', ledger_config=config,
+                                show_progress=show_progress, description='shards', engine=engine):
+            if result.error: raise DatatoolsError(f'{folder/result.key}: {result.error.message}. Run it again to go on.')
+            _check_made(folder/result.key, result.value)
+        return [finish_directory(folder/source.name, codec, f'self-play, skill {source.skill}, seed {seed}') for source in sources]
 
 
 def _check_made(path, facts):

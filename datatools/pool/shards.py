@@ -10,7 +10,6 @@ __all__ = ['KIND', 'SUFFIX', 'FORMAT', 'PACKED_FORMAT', 'VERSION', 'PIECES', 'PI
 # %% ../../nbs/pool/30_shards.ipynb #31222634
 import hashlib
 import html
-import json
 import numbers
 import re
 import zlib
@@ -26,7 +25,7 @@ from fastcore.basics import patch
 from ..arrays import ArrayFile, array_writer, write_arrays
 from ..core import (DatatoolsError, FormatError, Manifest, MismatchError, atomic_write, bad_value, check_same_config, clean_temporaries, config_hash, file_lock,
                             hash_file, human_bytes, progress)
-from .codecs import CODECS, RecordCodec, codec_from_facts, dtype_to_json
+from .codecs import RecordCodec, codec_from_facts, dtype_to_json
 
 # %% ../../nbs/pool/30_shards.ipynb #6874ecbb
 KIND, SUFFIX = 'pool shard', '.records'

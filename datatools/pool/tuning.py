@@ -13,16 +13,17 @@ import itertools
 import math
 import os
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from fastcore.basics import patch
 
-from ..core import FormatError, LockedError, Manifest, MismatchError, bad_value, file_lock, seed_for
+from ..core import FormatError, LockedError, Manifest, bad_value, file_lock, seed_for
 from .network import load_network, make_network
-from .training import DivergedError, TrainingSettings, checked_device, create_datasets, score, train
+from .trainer import DivergedError, TrainingSettings, checked_device, create_datasets, score
+from .training import train
 
 # %% ../../nbs/pool/38_tuning.ipynb #601992a3
 TUNABLE = ('network', 'batch_size', 'learning_rate', 'weight_decay', 'value_weight', 'gradient_clip', 'warmup_steps', 'schedule')

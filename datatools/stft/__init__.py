@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/stft/00_overview.ipynb #e0e4a8d2
 from .dataset import PrecomputedSTFTDataset
-from .loader import make_loader
+from ..loader import make_loader
 from .precompute import verify_store
 from .sharded import ShardedSTFTDataset
 from .store import open_store

@@ -6,7 +6,7 @@
 __all__ = ['app', 'Inputs', 'Store', 'Windows', 'SameWindows', 'stft', 'Numbers', 'Durability', 'precompute_command',
            'info_command', 'verify_command']
 
-# %% ../../nbs/stft/29_main.ipynb #bb5a69f2
+# %% ../../nbs/stft/29_main.ipynb #07d2e3a3
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, List, Optional
@@ -14,7 +14,7 @@ from typing import Annotated, List, Optional
 import typer
 from fastcore.imports import in_notebook
 
-from ..console import Device, EngineName, Group, Json, Progress, Resume, Scheduler, Workers, clear_errors, echo, engine_of, existing, shared, show
+from ..console import Device, EngineName, Group, Json, Progress, Resources, Resume, Scheduler, clear_errors, echo, engine_of, existing, here_or_copied, shared, show
 from ..core import FormatError, UsageError
 from .describe import is_sharded, sharded_facts, store_facts
 from .precompute import PrecomputeOptions, precompute, verify_store
@@ -35,7 +35,7 @@ class Durability(str, Enum): fast, full = 'fast', 'full'
 
 
 Inputs = Annotated[List[str], typer.Argument(metavar='INPUTS...', help='Audio files, and folders of them, here or at URLs such as s3://bucket/audio.')]
-Store = Annotated[Path, typer.Argument(metavar='STORE', callback=existing, help='Directory of a store, its data.mdb, a single-file environment, or the folder of a dataset in shards.')]
+Store = Annotated[Path, typer.Argument(metavar='STORE', callback=existing, parser=here_or_copied, help='Directory of a store, its data.mdb, a single-file environment, or the folder of a dataset in shards, here or at a URL.')]
 Windows = Annotated[Optional[List[int]], typer.Option('--n-fft', help='Window length in samples, which is also the transform length; give several for several STFTs an item. [default: 2048]')]
 SameWindows = Annotated[Optional[List[int]], typer.Option('--win', help='Another name of --n-fft.')]
 
@@ -70,7 +70,7 @@ def _check_sides(summary, output_dir, val_wanted):
 @app.command('precompute')
 def precompute_command(
     inputs:Inputs,
-    output_dir:Annotated[Path, shared('--output-dir', more=', for train.lmdb and val.lmdb. With the defaults they take four times the room of 16-bit audio, and a few files a worker as much again while the work lasts')] = ...,
+    output_dir:Annotated[str, shared('--output-dir', more=', here or at a URL, for train.lmdb and val.lmdb. With the defaults they take four times the room of 16-bit audio, and room for a few songs a worker while the work lasts')] = ...,
     val_fraction:Annotated[float, typer.Option(help='Share of the files that validate, by a hash of their names.')] = .1,
     val_list:Annotated[Optional[Path], typer.Option(callback=existing, help='File with the names of those that validate, in place of the share.')] = None,
     metadata:Annotated[Optional[Path], typer.Option(callback=existing, help='CSV or JSON lines with a column file: captions, labels.')] = None,
@@ -85,6 +85,7 @@ def precompute_command(
     workers:Annotated[int, shared('--workers', more=' that decode and transform; 0 for none but this one')] = 1,
     engine:EngineName = None,
     scheduler:Scheduler = None,
+    resources:Resources = None,
     resume:Resume = False,
     retry_refused:Annotated[bool, typer.Option('--retry-refused', help='With --resume: try the refused files again; nobody may read the stores meanwhile.')] = False,
     skip:Annotated[Optional[List[str]], typer.Option(help='Name of a file to be refused, whatever it holds; may be repeated.')] = None,
@@ -101,7 +102,7 @@ def precompute_command(
     with clear_errors('Interrupted. What was committed is safe: the same command with --resume goes on from there.', options):
         config = STFTConfig(sample_rate, _windows(n_fft, win), hop, 1 if mono else 2, segment_seconds, dtype.value)
         how = PrecomputeOptions(workers, device, durability.value, map_size, timeout, show_progress)
-        summary = precompute(inputs, output_dir, config, val_fraction, val_list, metadata, keep_audio, resume, retry_refused, skip or (), how, shards, engine=engine_of(engine, scheduler, show_progress))
+        summary = precompute(inputs, output_dir, config, val_fraction, val_list, metadata, keep_audio, resume, retry_refused, skip or (), how, shards, engine=engine_of(engine, scheduler, resources, show_progress))
         show(summary, True) if as_json else _print(summary)
         _check_sides(summary, output_dir, val_fraction > 0 or val_list is not None)
 

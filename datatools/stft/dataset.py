@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from ..core import FormatError, UsageError, bad_value, human_bytes
+from ..core import FormatError, UsageError, bad_value, config_hash, human_bytes
 from ..remote import local_copy
 from .records import Schema, decode_record
 from .store import environment, item_key, item_offsets, open_store
@@ -53,6 +53,11 @@ class PrecomputedSTFTDataset(torch.utils.data.Dataset):
         self._environment = self._places = None
         if not self.info.complete:
             warnings.warn(f'{self.path} is not complete: the job that makes it is at work, or was interrupted. These are the first {self.count} items.', stacklevel=2)
+
+    @property
+    def identity(self) -> str:
+        "Another one where a position in an epoch would mean something else"
+        return config_hash(self.info.config)
 
     def __len__(self): return self.count
     def __getstate__(self): return dict(self.__dict__, _environment=None, _places=None)

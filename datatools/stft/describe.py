@@ -94,7 +94,7 @@ def sharded_facts(
     names = [shard_name(number) for number in range(manifest['config']['shards'])]
     finished = [name for name in names if (path/name/'shard.json').exists()]
     for name in finished:
-        for side, held in read_json(path/name/'shard.json').items():
+        for side, held in ((side, read_json(path/name/'shard.json')[side]) for side in SIDES):
             for fact in ('items', 'refused', 'bytes'): facts[f'{side}_{fact}'] = facts.get(f'{side}_{fact}', 0) + held[fact]
             if held['refused'] and (path/name/f'{side}.lmdb'/'data.mdb').exists(): refused |= store_facts(path/name/f'{side}.lmdb')[1]
     return dict(path=str(path), shards=len(names), finished_shards=len(finished), complete=manifest['complete'], files=manifest['config']['files'], **facts,

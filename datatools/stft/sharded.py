@@ -6,9 +6,6 @@
 __all__ = ['ShardedSTFTDataset']
 
 # %% ../../nbs/stft/24_sharded.ipynb #d1c3894d
-import os
-from pathlib import Path
-
 import numpy as np
 from fastcore.basics import patch
 
@@ -34,14 +31,14 @@ def _info(manifest, side):
 class ShardedSTFTDataset(PrecomputedSTFTDataset):
     "Items of many stores by one running number"
     def __init__(self,
-        path,                   # folder with manifest.json and the shards
+        path,                   # folder with manifest.json and the shards; of what is at a URL this side is copied to this disk first
         side: str = 'train',    # 'train' or 'val'
         fields = None,          # names of the arrays that an item shall have, None for all
         transform = None,       # called with each item, a dict of tensors; what it returns is the item
         view: str = 'stored',   # 'stored', 'complex', 'magnitude' or 'magnitude_phase'
     ):
         if side not in SIDES: raise bad_value('side', side, SIDES)
-        manifest = open_manifest(path)
+        manifest = open_manifest(path, [side])
         if problems := shard_problems(manifest, [side]):
             raise FormatError(f'{path}: {"; ".join(problems[:5])}{f"; and {len(problems) - 5} more" if len(problems) > 5 else ""}. Copy them again, or resume the job, which makes what is missing.')
         self.info, self.side = _info(manifest, side), side

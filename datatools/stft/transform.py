@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core import bad_value
-from .audio import AudioReader, read_audio
+from .audio import AudioReader
 
 # %% ../../nbs/stft/20_transform.ipynb #9890ff74
 DTYPES = ('float16', 'float32', 'complex64')

@@ -17,7 +17,7 @@ import typer
 from fastcore.imports import in_notebook
 
 from .. import console
-from ..console import EngineName, Json, Progress, Resume, Scheduler, engine_of, existing, shared, show
+from ..console import EngineName, Json, Progress, Resources, Resume, Scheduler, engine_of, existing, here_or_copied, path_here, shared, show
 from ..core import DatatoolsError, FormatError, bad_value
 from .config import GenerateConfig, load_config, parse_setting
 from .generate import estimate, generate
@@ -50,6 +50,7 @@ def generate_command(
     workers:Annotated[Optional[int], shared('--workers', more='; replaces num_workers of the file')] = None,
     engine:EngineName = None,
     scheduler:Scheduler = None,
+    resources:Resources = None,
     resume:Resume = False,
     dry_run:Annotated[bool, typer.Option('--dry-run', help='Check everything, render a few samples for an estimate, write nothing.')] = False,
     show_progress:Progress = None,
@@ -61,7 +62,7 @@ def generate_command(
         settings = dict(map(parse_setting, setting)) | {key: value for key, value in given.items() if value is not None}
         wanted = load_config(config, **settings)
         if dry_run: return show_estimate(estimate(wanted, resume), as_json)
-        summary = generate(wanted, resume, show_progress, engine_of(engine, scheduler, show_progress))
+        summary = generate(wanted, resume, show_progress, engine_of(engine, scheduler, resources, show_progress))
         message = summary.pop('message')
         show(dict(output_dir=wanted.output_dir, **summary), as_json)
         if not summary['complete']: raise DatatoolsError(incomplete(summary, message))
@@ -98,7 +99,7 @@ choices, keep some at a constant value most of the time (constant, constant_prob
 def inspect_command(
     path:PluginPath,
     plugin_name:PluginName = None,
-    output:Annotated[Optional[Path], shared('--output', more=': YAML. [default: print a table]')] = None,
+    output:Annotated[Optional[Path], shared('--output', more=': YAML. [default: print a table]', parser=path_here)] = None,
     initialization_timeout:Initialization = 0.,
     as_json:Json = False,
 ):
@@ -144,7 +145,7 @@ def isolation_command(
                    'Look for parameters that randomise (noise, drift, random phase), and leave them constant.')
 
 # %% ../../nbs/vst/50_main.ipynb #a88d7c25
-Directory = Annotated[Path, typer.Argument(metavar='DIR', callback=existing, help='Directory of a data set.')]
+Directory = Annotated[Path, typer.Argument(metavar='DIR', callback=existing, parser=here_or_copied, help='Directory of a data set, here or at a URL.')]
 
 
 @app.command('info')

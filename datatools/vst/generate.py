@@ -16,7 +16,6 @@ import shutil
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -30,7 +29,7 @@ from fastcore.imports import in_notebook
 
 from ..core import DatatoolsError, FormatError, Manifest, bad_value, clean_temporaries, config_hash, file_lock, hash_file, progress, read_json, rng_for, write_json
 from ..jobs import Task, run_tasks
-from ..remote import is_url, output_folder, stage_out, staging_folder
+from ..remote import check_stage, is_url, sending, staging_folder
 from .chunks import CAUSES, FORMAT, VERSION, ChunkLayout, PartialChunk, check_chunk
 from .config import GenerateConfig, chunk_sizes, content
 from .features import MelSpectrogram, integrated_loudness, peak
@@ -406,15 +405,8 @@ def _run(job: Job, chunks: list, account: _Account, bar, engine, finished) -> No
             if start + block >= chunk_sizes(job.config)[chunk] and (path := chunk_path(job.config, chunk)).exists(): finished(path)
 
 # %% ../../nbs/vst/47_generate.ipynb #a8cf4bf6
-def generate(
-    config: GenerateConfig,       # what is to be made, as of `load_config`
-    resume: bool = False,         # go on with the data set in output_dir
-    show_progress: bool = None,   # progress bar; None for one if the error stream is a terminal
-    engine='local',               # where the workers are, see `run_tasks`
-    finished=lambda path: None,   # called with the file of every chunk that this run finishes
-) -> dict:                        # complete, samples, rendered_now, seconds, samples_per_second, cpu_seconds_per_sample, rejections, given_up, failed_blocks, message
-    "Make a data set, or what is missing of it."
-    if is_url(config.output_dir): return _generate_at_url(config, resume, show_progress, engine)
+def _generate(config: GenerateConfig, resume: bool, show_progress: bool, engine, finished) -> dict:
+    "Make what is missing in a directory of this machine; `finished` is called with the file of each chunk."
     job, decides = plan(config)
     directory = Path(config.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
@@ -442,15 +434,17 @@ def generate(
         return dict(account.summary(complete), message=account.message)
 
 # %% ../../nbs/vst/47_generate.ipynb #99b57321
-def _generate_at_url(config: GenerateConfig, resume: bool, show_progress: bool, engine) -> dict:
-    "Make a data set on this disk, and send each chunk to a URL as soon as it is finished."
-    url, sender, sent = config.output_dir.rstrip('/'), ThreadPoolExecutor(1), []
-    def send(path): sent.append(sender.submit(stage_out, path, f'{url}/{path.name}'))
-    with ExitStack() as stack:
-        stack.callback(sender.shutdown, cancel_futures=True)
-        summary = generate(replace(config, output_dir=str(output_folder(url, resume))), resume, show_progress, engine, send)
-        for each in sent: each.result()
-    if summary['complete']: stage_out(staging_folder(url), url)
+def generate(
+    config: GenerateConfig,       # what is to be made, as of `load_config`
+    resume: bool = False,         # go on with the data set in output_dir
+    show_progress: bool = None,   # progress bar; None for one if the error stream is a terminal
+    engine='local',               # where the workers are, see `run_tasks`
+) -> dict:                        # complete, samples, rendered_now, seconds, samples_per_second, cpu_seconds_per_sample, rejections, given_up, failed_blocks, message
+    "Make a data set, or what is missing of it."
+    check_stage(config.output_dir, engine)
+    with sending(config.output_dir, resume) as output:
+        summary = _generate(replace(config, output_dir=str(output.path)), resume, show_progress, engine, output.send)
+        output.finished = summary['complete']
     return summary
 
 # %% ../../nbs/vst/47_generate.ipynb #b184f9ef
