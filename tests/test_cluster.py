@@ -41,7 +41,7 @@ from datatools.vst.generate import generate
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def wait_until(condition, seconds: float = 30):
+def wait_until(condition, seconds: float = 60):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, 'waited in vain'
@@ -268,7 +268,7 @@ def test_an_interrupted_job_gives_the_workers_back(client):
     time.sleep(.5)
     busy = processes()
     results.close()
-    wait_until(lambda: not busy <= processes(), 10)
+    wait_until(lambda: not busy <= processes())
     assert [result.value for result in run_tasks(square, [(str(number), (number,)) for number in range(8)], engine=client)] == [number ** 2 for number in range(8)]
 
 
@@ -318,7 +318,7 @@ def test_a_worker_is_retired_in_the_middle_of_a_task(client, slow, by_value, tmp
         wait_until((tmp_path/'begun').exists)
         processes = beside(worker)
         client.retire_workers([address], close_workers=True)
-        wait_until(lambda: not any(psutil.pid_exists(process) for process in (worker, *processes)), 10)
+        wait_until(lambda: not any(psutil.pid_exists(process) for process in (worker, *processes)))
         assert processes and [(result.error, result.attempts) for result in done.result(60)] == [(None, 1)] * 12
 
 
@@ -392,7 +392,7 @@ def test_a_scheduler_that_is_killed(inputs, tmp_path, caplog, monkeypatch):
         os.killpg(cluster.processes[0].pid, signal.SIGKILL)
         begun = time.monotonic()
         _, said = job.communicate(timeout=60)
-        assert time.monotonic() - begun < 15
+        assert time.monotonic() - begun < 30
         errors = [line for line in said.splitlines() if line.startswith('Error: ')]
         assert job.returncode == 1 and len(errors) == 1 and 'is gone' in errors[0] and 'resume' in errors[0], said
         assert 'Traceback' not in said, said

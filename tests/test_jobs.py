@@ -29,7 +29,7 @@ def children(of: int = None) -> list:
     return [p for p in found if p.status() != psutil.STATUS_ZOMBIE and 'resource_tracker' not in ' '.join(p.cmdline())]
 
 
-def wait_until(condition, seconds: float = 10):
+def wait_until(condition, seconds: float = 60):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, 'waited in vain'
@@ -100,7 +100,7 @@ def test_killed_worker_costs_its_own_task_one_retry():
                                             (('sleep_for', 60), 'timeout')])
 def test_accidents_in_flight_do_not_touch_others(accident, kind):
     tasks = [(f'{i}', accident if i in (1, 4) else ('sleep_for', 0.1)) for i in range(8)]
-    results = list(run_tasks(perform, tasks, workers=2, timeout=0.8, retries=0))
+    results = list(run_tasks(perform, tasks, workers=2, timeout=3, retries=0))
     assert kinds(results) == [kind if i in (1, 4) else 'value' for i in range(8)]
     assert [r.attempts for r in results] == [1] * 8
 
@@ -143,7 +143,7 @@ def test_leaving_early_ends_the_workers():
     assert len(children()) == 2
     start = time.monotonic()
     results.close()
-    assert children() == [] and time.monotonic() - start < 5
+    assert children() == [] and time.monotonic() - start < 30
 
 
 def test_an_error_in_the_series_ends_the_workers():
@@ -199,7 +199,7 @@ def test_children_die_with_the_parent(job):
     assert len(family) >= 2
     process.kill()
     process.wait()
-    assert psutil.wait_procs(family, timeout=5)[1] == []
+    assert psutil.wait_procs(family, timeout=30)[1] == []
 
 
 def test_children_die_with_a_parent_killed_while_they_start(job):
@@ -210,7 +210,7 @@ def test_children_die_with_a_parent_killed_while_they_start(job):
         family = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         process.wait()
-        assert psutil.wait_procs(family, timeout=5)[1] == []
+        assert psutil.wait_procs(family, timeout=30)[1] == []
 
 
 def test_resume_after_kill_at_several_moments(job, tmp_path):
@@ -237,10 +237,10 @@ def test_interrupt(job, tmp_path, moment):
     else: assert process.stdout.readline() and process.stdout.readline()
     family = children(process.pid)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the parent and all its children
-    output, errors = process.communicate(timeout=15)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode in (130, -signal.SIGINT)
     assert errors.count('Traceback') == 1 and errors.rstrip().endswith('KeyboardInterrupt'), errors
-    assert psutil.wait_procs(family, timeout=2)[1] == []
+    assert psutil.wait_procs(family, timeout=30)[1] == []
     with Ledger(tmp_path/'ledger.jsonl', dict(count=1000)) as ledger:
         assert sorted(ledger.places) == sorted(finished(tmp_path/'ledger.jsonl'))
 
@@ -255,7 +255,7 @@ def test_missing_main_guard_is_explained(tmp_path, python):
 def test_two_runs_of_one_job_keep_apart(job, tmp_path):
     first = job(1000, 0.05)
     first.stdout.readline()
-    output, errors = job(1000, 0.05).communicate(timeout=30)
+    output, errors = job(1000, 0.05).communicate(timeout=60)
     assert 'LockedError' in errors and f'process {first.pid} on ' in errors
 
 

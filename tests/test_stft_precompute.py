@@ -279,7 +279,7 @@ def kill_runs(driver, corpus, reference, output, delays):
         time.sleep(delay)
         process.kill()
         process.communicate()
-        assert psutil.wait_procs(workers, timeout=10)[1] == []  # none outlives it
+        assert psutil.wait_procs(workers, timeout=30)[1] == []  # none outlives it
     run(corpus, output, resume=True)
     assert hashes(output) == hashes(reference)
     tidy(output)

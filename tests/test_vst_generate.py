@@ -225,7 +225,7 @@ def run(resume=False, kill_at=None, limit=None, deadly=False, log='log'):
 
 def gone():
     "Wait until all renderings of a killed run have died, too"
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while psutil.Process().children():
         try: os.waitpid(-1, os.WNOHANG)
         except ChildProcessError: break
@@ -368,7 +368,7 @@ class Run:
         "Wait for the end: what it printed; no process of it may be left"
         out, errors = self.process.communicate(timeout=seconds)
         assert self.process.returncode in (code, -signal.SIGINT if code == 130 else code), (self.process.returncode, errors[-2000:])
-        wait_until(lambda: not self.processes(), 5)
+        wait_until(lambda: not self.processes())
         return json.loads(out) if code == 0 else errors
 
 
@@ -496,7 +496,7 @@ def cause_drawn(job, index, attempt):
 def test_crashes_and_hangs_cost_one_attempt_each(test_plugin, drafted, tmp_path):
     "All samples are there; each rejection is the one that the parameters asked for, with any number of workers"
     weights = dict(Segfault=.01, Hang=.01, Abort=.02, Exit=.02, NaN=.03, Silence=.03, Leak=.03)
-    settings = dict(num_samples=60, samples_per_file=25, plugin_path=str(test_plugin), param_set=param_set(drafted, tmp_path, misbehave=weights), timeout_seconds=1, seed=33)
+    settings = dict(num_samples=60, samples_per_file=25, plugin_path=str(test_plugin), param_set=param_set(drafted, tmp_path, misbehave=weights), timeout_seconds=3, seed=33)
     summaries = [make(tmp_path/'1', **settings), generate(config(tmp_path/'2', num_workers=2, **settings))]
     job, _ = plan(config(tmp_path/'unused', **settings))
     expected, choices = [], Counter()
@@ -531,7 +531,7 @@ def test_what_a_plugin_leaks_goes_with_its_fork(test_plugin, drafted):
 
 @pytest.mark.parametrize('choice, cause', [('Segfault', 'crash'), ('NaN', 'not_finite'), ('Silence', 'silent'), ('Hang', 'timeout')])
 def test_nothing_but_failures(test_plugin, drafted, tmp_path, choice, cause):
-    settings = dict(num_samples=50, plugin_path=str(test_plugin), param_set=param_set(drafted, tmp_path, misbehave={choice: 1.}), max_attempts=2, timeout_seconds=.1)
+    settings = dict(num_samples=50, plugin_path=str(test_plugin), param_set=param_set(drafted, tmp_path, misbehave={choice: 1.}), max_attempts=2, timeout_seconds=.1 if choice == 'Hang' else 20)
     with pytest.raises(DatatoolsError, match=f'The first 16 samples could not be made: of 32 draws, 32 {cause}'): make(tmp_path/'set', **settings)
     assert not list((tmp_path/'set').glob('[!.]*')), 'a run that made nothing leaves nothing in the way of the next'
 
