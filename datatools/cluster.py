@@ -16,6 +16,7 @@ import queue
 import threading
 import time
 import uuid
+from collections import deque
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from functools import partial
@@ -170,6 +171,7 @@ QUIET = {'distributed.worker.profile.enabled': False, 'distributed.admin.tick.in
 @patch
 def start(self: DaskEngine):
     self.ended, self.futures, self.attempts, self.threads = queue.SimpleQueue(), {}, 0, 0
+    self.waiting, self.suspects, self.blamed = deque(), deque(), set()
     self.job, self.counted, self.manned = uuid.uuid4().hex, float('-inf'), time.monotonic()
     if self.given is None:
         with dask.config.set(QUIET), deaf_children(): self.cluster = LocalCluster(n_workers=self.local_workers, threads_per_worker=1, dashboard_address=':0')
@@ -226,12 +228,25 @@ def submit(self: DaskEngine, token, function, arguments):
     try: call = cloudpickle.dumps((function, arguments), protocol=5)
     except Exception as error: return self.ended.put((token, Outcome('exception', None, f'the arguments cannot be sent to a worker: {error}')))
     while isinstance(function, partial): function = function.func
+    (self.suspects if token in self.blamed else self.waiting).append((token, getattr(function, '__name__', 'task'), call))
+    self._feed()
+
+@patch
+def _feed(self: DaskEngine):
+    "Hand on what waits; a suspect alone"
+    if not self.futures.keys().isdisjoint(self.blamed): return
+    if not self.suspects:
+        while self.waiting: self._hand_on(*self.waiting.popleft())
+    elif not self.futures: self._hand_on(*self.suspects.popleft())
+
+@patch
+def _hand_on(self: DaskEngine, token, name: str, call: bytes):
     self.attempts += 1
-    future = self.client.submit(run_apart, call, self.timeout, _versions(), pure=False, resources=self.resources, priority=-self.attempts,
-                                key=f'{getattr(function, "__name__", "task")}-{self.job}-{self.attempts}')
+    future = self.client.submit(run_apart, call, self.timeout, _versions(), pure=False, resources=self.resources, priority=-self.attempts, key=f'{name}-{self.job}-{self.attempts}')
     self.futures[token], ended = future, self.ended
     future.add_done_callback(lambda done: ended.put((token, done)))
 
+# %% ../nbs/05_cluster.ipynb #d89cf315
 @patch
 def collect(self: DaskEngine, seconds: float) -> list:
     found, end = [], math.inf if seconds is None else time.monotonic() + seconds
@@ -240,15 +255,15 @@ def collect(self: DaskEngine, seconds: float) -> list:
         except queue.Empty:
             if time.monotonic() - self.counted > 2: self._count()
             continue
-        self.futures.pop(token, None)
-        found.append((token, done if isinstance(done, Outcome) else self._outcome(done)))
+        found.append((token, done if isinstance(done, Outcome) else self._outcome(token, done)))
+        if self.futures.pop(token, None): self._feed()
     return found
 
 @patch
-def _outcome(self: DaskEngine, future) -> Outcome:
+def _outcome(self: DaskEngine, token, future) -> Outcome:
     "What became of a task"
     while self.client.status == 'running' and future.status != 'cancelled':
-        if future.status == 'error': return self._failure(future)
+        if future.status == 'error': return self._failure(token, future)
         try: outcome = future.result(timeout=5)
         except (TimeoutError, asyncio.TimeoutError, KilledWorker): continue  # its worker died since: another one does it again
         except (OSError, CancelledError, asyncio.CancelledError): break
@@ -256,13 +271,15 @@ def _outcome(self: DaskEngine, future) -> Outcome:
     raise self._gone()
 
 @patch
-def _failure(self: DaskEngine, future) -> Outcome:
+def _failure(self: DaskEngine, token, future) -> Outcome:
     "Of a task that could not be done"
     error = future.exception()
     if isinstance(error, DatatoolsError): raise error
     if not isinstance(error, KilledWorker):
         raise DatatoolsError(f'A worker of {self._name()} could not begin: {type(error).__name__}: {error}. Install the same datatools on all machines.') from error
-    return Outcome('crash', None, f'{error.allowed_failures + 1} workers that tried were lost, as by SIGKILL (often the system, when memory runs out)')
+    alone = ' with nothing else to do' if token in self.blamed else ''
+    self.blamed.add(token)
+    return Outcome('crash', None, f'{error.allowed_failures + 1} workers{alone} were lost while they tried it, as by SIGKILL (often the system, when memory runs out)')
 
 @patch
 def _gone(self: DaskEngine):
