@@ -179,7 +179,9 @@ def start(self: DaskEngine):
         self.client.wait_for_workers(1, timeout=PATIENCE)
     elif isinstance(self.given, Client): self.client = self.given
     else: self.client = _connected(self.given)
-    if self.client is not self.given: LOG.info('Dashboard of the cluster: %s%s', self.client.dashboard_link, '' if find_spec('bokeh') else ' (pip install bokeh to see it)')
+    if self.client is self.given: return
+    logging.getLogger('distributed.batched').setLevel(logging.WARNING)
+    LOG.info('Dashboard of the cluster: %s%s', self.client.dashboard_link, '' if find_spec('bokeh') else ' (pip install bokeh to see it)')
 
 # %% ../nbs/05_cluster.ipynb #f6b59e21
 @patch

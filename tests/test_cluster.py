@@ -41,6 +41,24 @@ from datatools.vst.generate import generate
 ROOT = Path(__file__).resolve().parent.parent
 
 
+class Aside(threading.Thread):
+    "A call in a thread of its own; what it raises comes out where it is waited for"
+    def __init__(self, function, *arguments):
+        super().__init__(daemon=True)
+        self.call, self.error = partial(function, *arguments), None
+        self.start()
+
+    def run(self):
+        try: self.value = self.call()
+        except BaseException as error: self.error = error
+
+    def end(self, seconds: float = 100):
+        self.join(seconds)
+        assert not self.is_alive(), 'waited in vain'
+        if self.error: raise self.error
+        return self.value
+
+
 def wait_until(condition, seconds: float = 60):
     end = time.monotonic() + seconds
     while not condition():
@@ -200,24 +218,22 @@ def test_two_programs_cannot_write_one_output(tool, inputs, cluster, client, tmp
     stopped = workers_of(client)
     for worker in stopped: os.kill(worker, signal.SIGSTOP)
     try:
-        first = threading.Thread(daemon=True, target=TOOLS[tool], args=(inputs, tmp_path, cluster.address))
-        first.start()
+        first = Aside(TOOLS[tool], inputs, tmp_path, cluster.address)
         wait_until(lambda: known(client) > 0)
         with pytest.raises(LockedError, match='is held by'): TOOLS[tool](inputs, tmp_path, client, resume=True)
     finally:
         for worker in stopped: os.kill(worker, signal.SIGCONT)
-    first.join(60)
+    first.end()
     assert content(tmp_path)
 
 
 # Accidents
 
 def test_a_worker_killed_in_the_middle(inputs, client, alone, tmp_path):
-    job = threading.Thread(daemon=True, target=vst, args=(inputs, tmp_path, client))
-    job.start()
+    job = Aside(vst, inputs, tmp_path, client)
     wait_until(lambda: (tmp_path/'set/throughput.jsonl').exists() or [*tmp_path.glob('set/*.partial')])
     os.kill(workers_of(client)[0], signal.SIGKILL)
-    job.join(60)
+    job.end()
     assert content(tmp_path) == alone('vst')
     client.wait_for_workers(2, timeout=60)  # its nanny starts another one
 
@@ -225,14 +241,13 @@ def test_a_worker_killed_in_the_middle(inputs, client, alone, tmp_path):
 def test_a_worker_that_stands_still(inputs, client, alone, tmp_path):
     "As one does whose disk does not answer: the others go on, and when it answers nothing is lost."
     slow = workers_of(client)[0]
-    job = threading.Thread(daemon=True, target=games, args=(inputs, tmp_path, client))
     os.kill(slow, signal.SIGSTOP)
     try:
-        job.start()
+        job = Aside(games, inputs, tmp_path, client)
         wait_until(lambda: len([*tmp_path.glob('played/mixed/*.records')]) > 1)
         assert job.is_alive()
     finally: os.kill(slow, signal.SIGCONT)
-    job.join(60)
+    job.end()
     assert content(tmp_path) == alone('games')
 
 
@@ -275,14 +290,12 @@ def test_an_interrupted_job_gives_the_workers_back(client):
 def test_resources_that_no_worker_has(request, client, caplog, monkeypatch):
     "It is said what is missing; when it comes, only the workers that have it do the work."
     monkeypatch.setattr(cluster_module, 'PATIENCE', .1)
-    engine, done = DaskEngine(client=client, resources={'slow': 1}), []
-    job = threading.Thread(daemon=True, target=lambda: done.extend(run_tasks(os.getppid, [(str(number), ()) for number in range(4)], engine=engine)))
-    job.start()
+    engine = DaskEngine(client=client, resources={'slow': 1})
+    job = Aside(lambda: [*run_tasks(os.getppid, [(str(number), ()) for number in range(4)], engine=engine)])
     wait_until(lambda: "no workers with {'slow': 1}" in caplog.text and 'dask worker' in caplog.text and '--resources "slow=1"' in caplog.text)
     assert job.is_alive() and engine.workers == 1
     _, worker = request.getfixturevalue('slow')
-    job.join(60)
-    assert [result.value for result in done] == [worker] * 4
+    assert [result.value for result in job.end()] == [worker] * 4
 
 
 def test_resources_on_the_command_line(cluster, slow, tmp_path):
@@ -386,13 +399,11 @@ def test_a_scheduler_that_is_killed(inputs, tmp_path, caplog, monkeypatch):
         (tmp_path/'vst.yaml').write_text(yaml.safe_dump(settings))
         job = command('vst', 'generate', '--config', 'vst.yaml', '--scheduler', cluster.address, folder=tmp_path)
         monkeypatch.setattr(cluster_module, 'PATIENCE', .5)  # a cluster without workers is waited for
-        squares = threading.Thread(daemon=True, target=lambda: [*run_tasks(square, [('a', (1,)), ('b', (2,))], engine=cluster.address)])
-        squares.start()
+        squares = Aside(lambda: [*run_tasks(square, [('a', (1,)), ('b', (2,))], engine=cluster.address)])
         wait_until(lambda: 'has no workers' in caplog.text)
         assert job.poll() is None and squares.is_alive()
         cluster.run('worker', cluster.address, '--nthreads', 1, '--no-dashboard', '--no-nanny', '--local-directory', cluster.folder)
-        squares.join(60)
-        assert not squares.is_alive()
+        assert [result.value for result in squares.end()] == [1, 4]
         wait_until(lambda: len([*tmp_path.glob('out/set/*.h5')]) > 1)
         os.killpg(cluster.processes[0].pid, signal.SIGKILL)
         begun = time.monotonic()
