@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DatatoolsError', 'UsageError', 'FormatError', 'MismatchError', 'LockedError', 'MemoryLimitError', 'closest',
-           'bad_value', 'seed_for', 'rng_for', 'fsync_directory', 'atomic_write', 'clean_temporaries', 'canonical_json',
-           'config_hash', 'write_json', 'read_json', 'hash_file', 'differences', 'check_same_config', 'Manifest',
-           'file_lock', 'rss_bytes', 'peak_rss_bytes', 'human_bytes', 'MemoryMeter', 'progress', 'stoppable']
+           'bad_value', 'seed_for', 'rng_for', 'fsync_directory', 'atomic_write', 'process_runs', 'clean_temporaries',
+           'canonical_json', 'config_hash', 'write_json', 'read_json', 'hash_file', 'differences', 'check_same_config',
+           'Manifest', 'file_lock', 'rss_bytes', 'peak_rss_bytes', 'human_bytes', 'MemoryMeter', 'progress',
+           'stoppable']
 
 # %% ../nbs/00_core.ipynb #2862680e
 import difflib, hashlib, json, numbers, operator, os, secrets, signal, socket, struct, sys, threading, time
@@ -152,6 +153,13 @@ def atomic_write(
     fsync_directory(target.parent)
 
 # %% ../nbs/00_core.ipynb #2765dcdf
+def process_runs(
+    process: int,  # its number, on this machine
+) -> bool:         # one that has ended does not, even while its parent has not taken note of that
+    "Is there such a process, and can it still do anything?"
+    try: return psutil.Process(process).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.Error: return psutil.pid_exists(process)  # some systems hide the processes of others
+
 def clean_temporaries(
     directory,  # str or Path
 ) -> list:      # the files that were removed
@@ -161,7 +169,7 @@ def clean_temporaries(
         process, dash, rest = path.name[:-4].rpartition('.')[2].partition('-')
         if not (dash and process.isdecimal() and len(rest) == 16): continue
         here = rest.startswith(_host_tag())
-        dead = not psutil.pid_exists(int(process)) if here else time.time() - path.stat().st_mtime > 86400
+        dead = not process_runs(int(process)) if here else time.time() - path.stat().st_mtime > 86400
         if dead:
             path.unlink(missing_ok=True)
             removed.append(path)

@@ -15,10 +15,9 @@ from functools import partial
 from importlib import import_module
 from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
-import psutil
 from fastcore.basics import patch
 from pebble import ProcessExpired, ProcessPool
-from .core import DatatoolsError, UsageError, bad_value, progress
+from .core import DatatoolsError, UsageError, bad_value, process_runs, progress
 from .ledger import Ledger, TaskError, TaskResult
 
 # %% ../nbs/01_jobs.ipynb #1ed4b717
@@ -169,7 +168,7 @@ class _Slot:
         "Has the process ended without an answer? Pebble has a moment to notice by itself."
         self.broken = self.broken or not self.pool.active
         if self.future is None or self.broken: return self.future is not None
-        if self.word.value == 0 or psutil.pid_exists(self.word.value): return False
+        if self.word.value == 0 or process_runs(self.word.value): return False
         self.gone_since = self.gone_since or time.monotonic()
         return time.monotonic() - self.gone_since > 0.3
 
