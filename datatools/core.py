@@ -415,6 +415,13 @@ class MemoryMeter:
                     highest_bytes=self.highest_bytes, highest_where=self.highest_where)
 
 # %% ../nbs/00_core.ipynb #ca487ffb
+class _Bar(tqdm):
+    "A bar that processes do not wait for each other to draw"
+    monitor_interval = 0
+
+_Bar.set_lock(threading.RLock())
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=lambda: _Bar.set_lock(threading.RLock()))
+
 def progress(
     iterable=None,      # what to step through; None for a bar that is moved by `update`
     total: int = None,  # number of steps where `iterable` has no length
@@ -423,7 +430,7 @@ def progress(
     unit: str = 'it',   # what is counted
 ):                      # iterable and context manager, as tqdm
     "A progress bar on the error stream, or as a widget in a notebook."
-    return tqdm(iterable, total=total, desc=desc, unit=unit, file=sys.stderr, dynamic_ncols=True,
+    return _Bar(iterable, total=total, desc=desc, unit=unit, file=sys.stderr, dynamic_ncols=True, miniters=1,
                 disable=None if show is None else not show)
 
 # %% ../nbs/00_core.ipynb #342108a1
